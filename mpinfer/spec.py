@@ -122,7 +122,7 @@ def load_spec(path: str | Path, overrides: Sequence[str] = (), output: str | Non
         tree = {}
     if not isinstance(tree, dict):
         raise SpecError(
-            f"{path}: a job file is a mapping of sections, this is a {type(tree).__name__}; start with 'model:'"
+            f"{path}: a job file is a mapping of sections, not a {type(tree).__name__}; start with 'model:'"
         )
     for override in overrides:
         _override(tree, override)
