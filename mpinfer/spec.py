@@ -135,9 +135,7 @@ def spec_from_dict(tree: dict[str, Any]) -> JobSpec:
     """Validate a nested mapping into a `JobSpec`; raises `SpecError`."""
     spec = _build(JobSpec, tree, "")
     if spec.generate.temperature != 0.0:
-        raise SpecError(
-            f"generate.temperature={spec.generate.temperature}: only greedy decoding is built; use 0.0"
-        )
+        raise SpecError(f"generate.temperature={spec.generate.temperature}: only greedy decoding is built; use 0.0")
     return spec
 
 
@@ -154,9 +152,7 @@ def _parse_yaml(text: str, where: str) -> Any:
 def _override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise SpecError(
-            f"--set {override}: an override is key.path=value; write for example --set parallel.stages=2"
-        )
+        raise SpecError(f"--set {override}: an override is key.path=value; write for example --set parallel.stages=2")
     *sections, name = key.split(".")
     node: Any = tree
     for section in sections:
@@ -169,9 +165,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
 def _build(cls: Any, tree: Any, prefix: str) -> Any:
     """Build one (nested) dataclass from a mapping, checking names, types and minima on the way."""
     if not isinstance(tree, dict):
-        raise SpecError(
-            f"{prefix.rstrip('.')}={tree!r}: a section is a mapping of keys; indent its keys below it"
-        )
+        raise SpecError(f"{prefix.rstrip('.')}={tree!r}: a section is a mapping of keys; indent its keys below it")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for name in tree:
         if name not in fields:
@@ -186,16 +180,15 @@ def _build(cls: Any, tree: Any, prefix: str) -> Any:
         elif name in tree:
             values[name] = _check(key, tree[name], hints[name], f.metadata.get("minimum"))
         elif f.default is dataclasses.MISSING:
-            raise SpecError(
-                f"{key}: a required key is missing; add it to the job file or pass --set {key}=..."
-            )
+            raise SpecError(f"{key}: a required key is missing; add it to the job file or pass --set {key}=...")
     return cls(**values)
 
 
 def _check(key: str, value: Any, hint: Any, minimum: float | None) -> Any:
     kinds: list[type] = []
     choices: list[Any] = []
-    for option in typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,):
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    for option in typing.get_args(hint) if union else (hint,):
         if typing.get_origin(option) is Literal:
             choices.extend(typing.get_args(option))
         else:

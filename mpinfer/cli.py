@@ -1,0 +1,136 @@
+"""Commands. Thin: each parses its arguments and calls one function. Heavy imports wait until they are needed."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from mpinfer.errors import ExitCode, MpinferError
+from mpinfer.version import VERSION
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.command(arguments))
+    except MpinferError as error:
+        print(f"mpinfer: error: {error}", file=sys.stderr)
+        return int(error.exit_code)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mpinfer", description="Deep-learning inference over a whole cluster allocation with nothing but MPI."
+    )
+    parser.add_argument("--version", action="version", version=f"mpinfer {VERSION}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    run = commands.add_parser("run", help="run a job: start one per rank, with mpirun, mpiexec or srun, or alone")
+    _job_arguments(run)
+    run.set_defaults(command=_run)
+
+    launch = commands.add_parser("launch", help="find the launcher and run a job on N ranks")
+    launch.add_argument("-n", "--ranks", type=int, required=True, help="ranks to start")
+    launch.add_argument("--hosts", default="", help="comma-separated hosts (default: this node, or the allocation)")
+    _job_arguments(launch)
+    launch.set_defaults(command=_launch)
+
+    plan = commands.add_parser("plan", help="the layout a job would get, and why; needs no MPI")
+    plan.add_argument("job", metavar="JOB.yaml")
+    plan.add_argument("--ranks", type=int, required=True, help="ranks to plan for")
+    plan.add_argument("--nodes", type=int, default=1, help="nodes like this one that the ranks are spread over")
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+    plan.add_argument("--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[], help=_SET_HELP)
+    plan.set_defaults(command=_plan)
+
+    verify = commands.add_parser("verify", help="judge a run by the files of its output directory")
+    verify.add_argument("directory", metavar="DIR")
+    verify.set_defaults(command=_verify)
+
+    convert = commands.add_parser("convert", help="turn a GGUF file into a model directory that mpinfer loads")
+    convert.add_argument("source", metavar="SRC", help="a .gguf file")
+    convert.add_argument("destination", metavar="DST", help="the directory to write")
+    convert.set_defaults(command=_convert)
+
+    doctor = commands.add_parser("doctor", help="show MPI, ranks, nodes, cores, binding and torch; run it under mpirun")
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+_SET_HELP = "override a key of the job file, for example --set parallel.stages=2"
+
+
+def _job_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("job", metavar="JOB.yaml")
+    parser.add_argument("--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[], help=_SET_HELP)
+    parser.add_argument("--output", metavar="DIR", help="where results go (default: the job's output.path)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in the output directory, if any")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from mpinfer.run import run_job
+
+    return run_job(arguments.job, arguments.overrides, arguments.output, arguments.resume, arguments.dry_run)
+
+
+def _launch(arguments: argparse.Namespace) -> int:
+    from mpinfer.cluster.binding import allowed_cores
+    from mpinfer.cluster.launch import find_launcher, launch_command
+
+    program = [sys.executable, "-m", "mpinfer", "run", arguments.job]
+    program += [part for override in arguments.overrides for part in ("--set", override)]
+    program += ["--output", arguments.output] if arguments.output else []
+    program += ["--resume"] if arguments.resume else []
+    program += ["--dry-run"] if arguments.dry_run else []
+    command, environment = launch_command(
+        find_launcher(os.environ),
+        arguments.ranks,
+        [host for host in arguments.hosts.split(",") if host],
+        program,
+        cores=len(allowed_cores()),
+        root=os.geteuid() == 0,
+    )
+    print("mpinfer:", *(f"{k}={v}" for k, v in environment.items()), *command, file=sys.stderr, flush=True)
+    os.execvpe(command[0], command, {**os.environ, **environment})
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from mpinfer.run import plan_job
+
+    return plan_job(arguments.job, arguments.overrides, arguments.ranks, arguments.nodes, arguments.json)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from mpinfer.records.manifest import verify
+
+    verdict = verify(Path(arguments.directory))
+    for problem in verdict.problems:
+        print(problem)
+    print(
+        json.dumps(
+            {
+                "complete": verdict.complete,
+                "records": verdict.records,
+                "failed": verdict.failed,
+            }
+        )
+    )
+    if not verdict.complete:
+        return ExitCode.FAULT
+    return ExitCode.RECORDS_FAILED if verdict.failed else ExitCode.COMPLETE
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from mpinfer.models.convert import convert
+
+    convert(Path(arguments.source), Path(arguments.destination))
+    print(f"mpinfer: {arguments.destination}: converted", file=sys.stderr)
+    return ExitCode.COMPLETE
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from mpinfer.run import examine_world
+
+    return examine_world()

@@ -1,0 +1,138 @@
+"""The KV cache of a stage, and attention over it for tokens packed without padding.
+
+A slot holds one sequence: `capacity` tokens of address space per layer, of which only what is written
+becomes resident memory on a CPU. Nothing is copied as a sequence grows.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch.nn import functional
+
+from mpinfer.generate.scheduler import Segment
+
+
+class KVCache:
+    """Keys and values of the layers that this stage holds, for `slots` sequences of up to `capacity` tokens."""
+
+    def __init__(self, slots: int, capacity: int, device: str) -> None:
+        self.slots, self.capacity, self.device = slots, capacity, device
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def layer(self, index: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer, [slots, capacity, kv_heads, head_dim]; allocated at its first use."""
+        if index not in self._layers:
+            shape = (self.slots, self.capacity, *like.shape[1:])
+            self._layers[index] = (
+                torch.empty(shape, dtype=like.dtype, device=self.device),
+                torch.empty(shape, dtype=like.dtype, device=self.device),
+            )
+        return self._layers[index]
+
+
+class PackedStep:
+    """The tokens of one step: where each stands in its sequence, and how they attend. Same for all layers."""
+
+    def __init__(self, cache: KVCache, segments: Sequence[Segment]) -> None:
+        self._cache = cache
+        device = cache.device
+        starts = torch.tensor([s.start for s in segments])
+        counts = torch.tensor([s.length for s in segments])
+        slots = torch.tensor([s.slot for s in segments])
+        offsets = torch.tensor([0, *accumulate(s.length for s in segments)])
+        within = torch.arange(int(offsets[-1])) - torch.repeat_interleave(offsets[:-1], counts)
+        positions = within + torch.repeat_interleave(starts, counts)
+        self.positions = positions.to(device)  # [tokens]
+        self._rows = (positions + torch.repeat_interleave(slots, counts) * cache.capacity).to(device)  # [tokens]
+        sampled = [int(end) - 1 for end, s in zip(offsets[1:], segments, strict=True) if s.sample]
+        self.sampled = torch.tensor(sampled, dtype=torch.long, device=device)  # [samples]
+        decoding = next((i for i, s in enumerate(segments) if s.length > 1), len(segments))
+        self._runs = _contiguous_runs(segments[:decoding])
+        self._chunks = list(zip(offsets[decoding:-1].tolist(), segments[decoding:], strict=True))
+        self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,  # [tokens, heads, head_dim]
+        key: torch.Tensor,  # [tokens, kv_heads, head_dim]
+        value: torch.Tensor,  # [tokens, kv_heads, head_dim]
+        scaling: float,
+        sliding_window: int | None,
+    ) -> torch.Tensor:
+        """Store keys and values, then attend from every token to its own sequence. [tokens, heads, head_dim]."""
+        keys, values = self._cache.layer(layer, key)
+        keys.view(-1, *key.shape[1:]).index_copy_(0, self._rows, key)
+        values.view(-1, *value.shape[1:]).index_copy_(0, self._rows, value)
+        output = torch.empty_like(query)
+        for row, run in self._runs:
+            rows = slice(row, row + len(run))
+            output[rows] = self._decode(query[rows], keys, values, row, run, scaling, sliding_window)
+        for row, segment in self._chunks:
+            rows = slice(row, row + segment.length)
+            output[rows] = self._prefill(query[rows], keys, values, row, segment, scaling, sliding_window)
+        return output
+
+    def _decode(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        row: int,
+        run: Sequence[Segment],
+        scaling: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """One token each of sequences in neighbouring slots. The heads that share a key form the query rows."""
+        slots = slice(run[0].slot, run[-1].slot + 1)
+        length = max(s.start for s in run) + 1
+        k, v = keys[slots, :length].transpose(1, 2), values[slots, :length].transpose(1, 2)
+        q = query.unflatten(1, (k.shape[1], -1))  # [sequences, kv_heads, heads / kv_heads, head_dim]
+        positions = self.positions[row : row + len(run), None, None, None]
+        mask = self._mask(row, positions, length, window)
+        attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+        return attended.flatten(1, 2)
+
+    def _prefill(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        row: int,
+        segment: Segment,
+        scaling: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """A chunk of one sequence's prompt against all of the prompt so far."""
+        length = segment.start + segment.length
+        k = keys[segment.slot, :length].transpose(0, 1)[None]  # [1, kv_heads, length, head_dim]
+        v = values[segment.slot, :length].transpose(0, 1)[None]
+        q = query.transpose(0, 1)[None]
+        whole = segment.start == 0 and (window is None or length <= window)
+        mask = None if whole else self._mask(row, self.positions[row : row + segment.length, None], length, window)
+        attended = functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=whole, scale=scaling, enable_gqa=True
+        )
+        return attended[0].transpose(0, 1)
+
+    def _mask(self, row: int, positions: torch.Tensor, length: int, window: int | None) -> torch.Tensor:
+        """True where a token may look: itself and before, within the window. Computed once for all layers."""
+        if (row, window) not in self._masks:
+            past = torch.arange(length, device=positions.device)
+            mask = past <= positions
+            if window is not None:
+                mask &= past > positions - window
+            self._masks[row, window] = mask
+        return self._masks[row, window]
+
+
+def _contiguous_runs(segments: Sequence[Segment]) -> list[tuple[int, list[Segment]]]:
+    """(first row, segments) of every run of neighbouring slots: a run is attended in one call, without a gather."""
+    runs: list[tuple[int, list[Segment]]] = []
+    for row, segment in enumerate(segments):
+        if runs and runs[-1][1][-1].slot + 1 == segment.slot:
+            runs[-1][1].append(segment)
+        else:
+            runs.append((row, [segment]))
+    return runs

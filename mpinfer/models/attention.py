@@ -1,0 +1,63 @@
+"""The bridge from transformers' attention layers to a packed KV cache.
+
+Every transformers decoder calls its attention through a registered function and hands it the keyword
+arguments of the model's forward. Ours asks the `packed` argument, which owns the cache, to attend. No model
+code is copied or patched.
+"""
+
+from typing import Any, Protocol
+
+import torch
+
+IMPLEMENTATION = "mpinfer_packed"
+
+
+class PackedAttention(Protocol):
+    """Attention of one step's tokens, packed without padding, over their sequences' caches."""
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,  # [tokens, heads, head_dim]
+        key: torch.Tensor,  # [tokens, kv_heads, head_dim]
+        value: torch.Tensor,  # [tokens, kv_heads, head_dim]
+        scaling: float,
+        sliding_window: int | None,
+    ) -> torch.Tensor: ...  # [tokens, heads, head_dim]
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # [1, heads, tokens, head_dim]
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    packed: PackedAttention | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    unknown = sorted(name for name, value in others.items() if value is not None and name in _REFUSED)
+    if unknown:
+        raise NotImplementedError(f"attention argument {unknown[0]!r} of {type(module).__name__} is not supported")
+    if packed is None or attention_mask is not None:
+        raise NotImplementedError(f"{type(module).__name__} does not pass on what packed attention needs")
+    scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    output = packed.attend(
+        layer, query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), scaling, sliding_window
+    )
+    return output.unsqueeze(0), None  # [1, tokens, heads, head_dim]
+
+
+# Arguments that change what attention computes. The rest (position_ids, use_cache, ...) are for other back ends.
+_REFUSED = ("softcap", "position_bias", "s_aux", "head_mask")
+
+
+def register() -> str:
+    """Make the bridge known to transformers; returns its name."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(IMPLEMENTATION, _attend)
+    return IMPLEMENTATION

@@ -1,0 +1,311 @@
+"""Decoder language models from transformers, as blocks that can be cut between ranks.
+
+The model class of transformers is built once on the meta device. A rank keeps the modules of its own
+blocks, replaces the rest by place-holders without weights, and calls the model's own forward: embedding
+scale, rotary embeddings, per-layer quirks and logit soft caps stay transformers' business. Where to cut
+comes from the model's own pipeline plan.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpinfer.errors import ModelError
+from mpinfer.models import attention
+from mpinfer.models.weights import Checkpoint, load_tensors
+from mpinfer.plan.block import Block, ModelSummary
+
+# Rotary scalings that look at the longest sequence of a batch: in a packed batch one sequence would change another.
+_BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+class DecoderSkeleton:
+    """A decoder language model without weights, and where it can be cut.
+
+    Blocks are `embed`, one per layer, and `head` (final norm and output embedding). Raises `ModelError` when
+    the directory is damaged or holds a model that cannot be run this way.
+    """
+
+    def __init__(self, directory: Path, dtype: str) -> None:
+        self.directory = directory
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.checkpoint = Checkpoint(directory)
+        self.config = _load_config(directory)
+        self.model = _build_without_weights(self.config, self.dtype)
+        self.base = self.model.base_model
+        self._before, self._layers_name, self._after = _pipeline_plan(self.base, self.config)
+        self._names = self._checkpoint_names()
+        self.checkpoint.check_names(self._names.values(), ignorable=self._tied_aliases())
+
+    def summary(self) -> ModelSummary:
+        """Blocks with their weights and costs, for the planner."""
+        config = self.config.get_text_config()
+        head = self.model.get_output_embeddings()
+        blocks = [Block("embed", self._weights_of(self._before, self.base), 0.0, 0.0)]
+        for index, layer in enumerate(self.layers):
+            flops = 2.0 * sum(p.numel() for p in layer.parameters() if p.dim() > 1)
+            blocks.append(Block(f"layer.{index}", self._weights(layer), flops, 0.0))
+        final = dict(self._weights_of(self._after, self.base) + self._weights(head))
+        blocks.append(Block("head", tuple(final.items()), 0.0, 2.0 * head.weight.numel()))
+        heads = (
+            config.num_key_value_heads if getattr(config, "num_key_value_heads", None) else config.num_attention_heads
+        )
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return ModelSummary(
+            architecture=type(self.model).__name__,
+            blocks=tuple(blocks),
+            hidden_size=self.hidden_size,
+            itemsize=self.dtype.itemsize,
+            max_length=self.max_length,
+            kv_bytes_per_token=2 * heads * head_dim * self.dtype.itemsize * len(self.layers),
+        )
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.get_text_config().hidden_size
+
+    @property
+    def vocabulary(self) -> int:
+        return self.config.get_text_config().vocab_size
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a sequence, prompt and new."""
+        return self.config.get_text_config().max_position_embeddings
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return getattr(self.base, self._layers_name)
+
+    def load_part(self, start: int, stop: int, device: str, on_layer: Callable[[], None]) -> "DecoderPart":
+        """Keep blocks [start, stop), fill them from the checkpoint and return them ready to run.
+
+        The skeleton is used up: what other ranks hold is dropped from it. `on_layer` is called before each
+        layer (the transport makes progress there).
+        """
+        head = len(self.layers) + 1
+        first, last = start == 0, stop == head + 1
+        own_layers = [layer for block, layer in enumerate(self.layers, start=1) if start <= block < stop]
+        for layer in own_layers:
+            layer.register_forward_pre_hook(lambda *_: on_layer())
+        entry = None if first else _Entry(own_layers[0] if own_layers else getattr(self.base, self._after[0]))
+        self._drop_others(start, stop)
+        wanted: dict[str, torch.Tensor] = {}
+        for name, tensor in list(_named_tensors(self.model)):
+            source = self._names[name]
+            if source not in wanted:
+                filled = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                is_parameter = isinstance(tensor, nn.Parameter)
+                wanted[source] = nn.Parameter(filled, requires_grad=False) if is_parameter else filled
+            _assign(self.model, name, wanted[source])
+        read_bytes = load_tensors(self.checkpoint, wanted)
+        self.model.to(device)  # the buffers that are computed, not loaded
+        weight_bytes = sum(t.numel() * t.element_size() for t in wanted.values())
+        return DecoderPart(self.model, entry, first, last, read_bytes, weight_bytes)
+
+    def _drop_others(self, start: int, stop: int) -> None:
+        """Put place-holders without weights where the modules of other ranks stand."""
+        head = len(self.layers) + 1
+        if start > 0:
+            for name in self._before:
+                setattr(self.base, name, _NoEmbedding(self.hidden_size, self.dtype))
+        for index in range(len(self.layers)):
+            if not start <= index + 1 < stop:
+                self.layers[index] = _Bypass()
+        if stop <= head:
+            for name in self._after:
+                setattr(self.base, name, _Bypass())
+            self.model.set_output_embeddings(nn.Identity())
+
+    def _checkpoint_names(self) -> dict[str, str]:
+        """Model tensor name -> name in the checkpoint; a tied tensor is stored once, under either name."""
+        tied = _tied_names(self.model)
+        names = {}
+        for name, _ in _named_tensors(self.model):
+            source = tied.get(name, name)
+            names[name] = name if source not in self.checkpoint.tensors and name in self.checkpoint.tensors else source
+        return names
+
+    def _tied_aliases(self) -> set[str]:
+        tied = _tied_names(self.model)
+        return set(tied) | set(tied.values()) | set(_regenerated_buffers(self.model))
+
+    def _weights(self, module: nn.Module) -> tuple[tuple[str, int], ...]:
+        """(checkpoint name, bytes) of a module's tensors."""
+        own = {id(t) for _, t in _named_tensors(module)}
+        found = {
+            self._names[name]: t.numel() * t.element_size() for name, t in _named_tensors(self.model) if id(t) in own
+        }
+        return tuple(found.items())
+
+    def _weights_of(self, names: list[str], parent: nn.Module) -> tuple[tuple[str, int], ...]:
+        return tuple(pair for name in names for pair in self._weights(getattr(parent, name)))
+
+
+class DecoderPart(nn.Module):
+    """Consecutive blocks of a decoder, with weights."""
+
+    def __init__(
+        self, model: Any, entry: "_Entry | None", first: bool, last: bool, read_bytes: int, weight_bytes: int
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._entry = entry
+        self.first, self.last = first, last
+        self.read_bytes, self.weight_bytes = read_bytes, weight_bytes
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        x: torch.Tensor,  # first part: token ids [tokens]; others: activations [tokens, hidden]
+        positions: torch.Tensor,  # [tokens]
+        packed: attention.PackedAttention,
+        sampled: torch.Tensor,  # rows whose logits are wanted, [samples]; only the last part looks at it
+    ) -> torch.Tensor:
+        """Activations [tokens, hidden]; of the last part logits [samples, vocabulary]."""
+        arguments: dict[str, Any] = {"position_ids": positions[None], "use_cache": False, "packed": packed}
+        if self._entry is None:
+            arguments["input_ids"] = x[None]
+        else:
+            arguments["inputs_embeds"] = self._entry.activation = x[None]
+        if not self.last:
+            return self.model.base_model(**arguments).last_hidden_state[0]
+        return self.model(**arguments, logits_to_keep=sampled).logits[0]
+
+
+class _Entry:
+    """Hands the received activation to the first module of a part: whatever the model's forward computed on
+    the way there (an embedding scale, say) was done by the rank that sent it."""
+
+    activation: torch.Tensor
+
+    def __init__(self, module: nn.Module) -> None:
+        module.register_forward_pre_hook(self._replace_input, with_kwargs=True)
+
+    def _replace_input(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if args:
+            return (self.activation, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self.activation}
+
+
+class _Bypass(nn.Module):
+    """Stands where another rank's module stands; passes the hidden states on."""
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return hidden_states
+
+
+class _NoEmbedding(nn.Module):
+    """An embedding that another rank holds; what it returns is replaced by the received activation."""
+
+    zero: torch.Tensor
+
+    def __init__(self, hidden_size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("zero", torch.zeros(1, dtype=dtype), persistent=False)
+        self.hidden_size = hidden_size
+
+    def forward(self, ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return self.zero.expand(*ids.shape, self.hidden_size)
+
+
+def _load_config(directory: Path) -> Any:
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ModelError(
+            f"{directory / 'config.json'}: transformers refuses it ({first}); fetch the model again"
+        ) from None
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds: set[Any] = {rope.get("rope_type")} | {v.get("rope_type") for v in rope.values() if isinstance(v, dict)}
+    if refused := sorted(kinds & set(_BATCH_DEPENDENT_ROPE)):
+        raise ModelError(
+            f"{directory / 'config.json'}: rope_type {refused[0]!r} depends on the longest sequence of a "
+            f"batch and cannot be packed; use a model with default, linear, yarn or llama3 rotary embeddings"
+        )
+    return config
+
+
+def _build_without_weights(config: Any, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with _parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention.register(), trust_remote_code=False
+            )
+    except (ValueError, KeyError, ImportError, OSError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"model_type={getattr(config, 'model_type', None)!r}: transformers has no causal language model for it "
+            f"({first[:120]}); give a decoder language model for task generate"
+        ) from None
+    return model.eval()
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules built inside get parameters on the meta device, but real buffers: rotary frequencies and the like
+    are computed by the constructor and stored in no checkpoint."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and parameter.device.type != "meta":
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _pipeline_plan(base: nn.Module, config: Any) -> tuple[list[str], str, list[str]]:
+    """Names of the base model's children before its layers, the layers, and after: its own pipeline plan."""
+    plan = list(config.get_text_config().base_model_pp_plan or ())
+    layers = [name for name in plan if isinstance(getattr(base, name, None), nn.ModuleList)]
+    if len(layers) != 1:
+        raise ModelError(
+            f"model_type={config.model_type!r}: transformers has no pipeline plan for it, so it cannot be cut safely; "
+            f"use a family that has one (Llama, Mistral, Qwen2, Qwen3, Gemma, Phi, OLMo2, ...)"
+        )
+    cut = plan.index(layers[0])
+    return plan[:cut], layers[0], plan[cut + 1 :]
+
+
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of a module that a checkpoint stores, tied ones under each of their names."""
+    yield from module.named_parameters(remove_duplicate=False)
+    transient = set(_regenerated_buffers(module))
+    yield from ((n, b) for n, b in module.named_buffers(remove_duplicate=False) if n not in transient)
+
+
+def _regenerated_buffers(module: nn.Module) -> Iterator[str]:
+    """Buffers that the constructor computes and no checkpoint needs to hold."""
+    for prefix, child in module.named_modules():
+        for name in child._non_persistent_buffers_set:
+            yield f"{prefix}.{name}" if prefix else name
+
+
+def _tied_names(model: Any) -> dict[str, str]:
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    if isinstance(tensor, nn.Parameter):
+        owner._parameters[leaf] = tensor
+    else:
+        owner._buffers[leaf] = tensor

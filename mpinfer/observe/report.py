@@ -1,0 +1,77 @@
+"""The account of a run: `timing.json`, and the same as a table for people."""
+
+from typing import Any
+
+from mpinfer.observe.account import PHASES
+from mpinfer.plan.planner import Plan
+
+
+def timing(
+    plan: Plan, records: int, wall_s: float, start_s: float, load_s: float, accounts: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What `timing.json` holds. Times in seconds; rates exclude start-up and load.
+
+    `bubble` is the share of all ranks' loop time spent waiting (for messages, for slots, for work); `overlap`
+    the share of the time sends were in flight that no rank waited for them (null when nothing was sent);
+    `imbalance` how far the busiest rank's compute lies above the mean, as a fraction of the mean.
+    """
+    for account in accounts:
+        # A rank that finished before the last one had nothing left to do.
+        account["idle_s"] += max(0.0, wall_s - sum(account[f"{phase}_s"] for phase in PHASES))
+    prompt_tokens = sum(account["prompt_tokens"] for account in accounts)
+    new_tokens = sum(account["new_tokens"] for account in accounts)
+    compute = [account["compute_s"] for account in accounts]
+    waits = sum(account[f"{phase}_s"] for account in accounts for phase in ("send_wait", "receive_wait", "idle"))
+    in_flight_s = sum(account["in_flight_s"] for account in accounts)
+    send_wait_s = sum(account["send_wait_s"] for account in accounts)
+    mean = sum(compute) / len(compute)
+    return {
+        "wall_s": wall_s,
+        "start_s": start_s,
+        "load_s": load_s,
+        "plan": {
+            "replicas": plan.replicas,
+            "stages": plan.stages,
+            "shards": plan.shards,
+            "cuts": list(plan.cuts),
+            "micro_batch": plan.micro_batch,
+            "in_flight": plan.in_flight,
+        },
+        "records": records,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "records_per_s": records / wall_s,
+        "tokens_per_s": new_tokens / wall_s,
+        "all_tokens_per_s": (prompt_tokens + new_tokens) / wall_s,
+        "bubble": waits / (wall_s * len(accounts)),
+        "overlap": 1 - send_wait_s / in_flight_s if in_flight_s else None,
+        "imbalance": max(compute) / mean - 1 if mean else 0.0,
+        "predicted_wall_s": None,
+        "ranks": accounts,
+    }
+
+
+def timing_table(timing: dict[str, Any]) -> str:
+    """One line a rank, then the whole."""
+    lines = [
+        f"{'rank':>4} {'host':<14} {'place':<12} {'compute':>8} {'send w':>7} {'recv w':>7} {'idle':>7} {'other':>7} "
+        f"{'sent':>9} {'weights':>9} {'peak':>8}"
+    ]
+    for account in timing["ranks"]:
+        place = "/".join(str(account["coordinates"][axis]) for axis in ("replica", "stage", "shard"))
+        lines.append(
+            f"{account['rank']:>4} {account['host'][:14]:<14} {place:<12} {account['compute_s']:>7.2f}s "
+            f"{account['send_wait_s']:>6.2f}s {account['receive_wait_s']:>6.2f}s {account['idle_s']:>6.2f}s "
+            f"{account['overhead_s']:>6.2f}s {account['bytes_sent'] / 1e6:>6.1f} MB "
+            f"{account['weight_bytes'] / 1e6:>6.1f} MB {account['peak_memory_bytes'] / 1e6:>5.0f} MB"
+        )
+    overlap = "none sent" if timing["overlap"] is None else f"{timing['overlap']:.1%}"
+    lines.append(
+        f"{timing['records']} records in {timing['wall_s']:.2f} s: {timing['records_per_s']:.2f} records/s, "
+        f"{timing['tokens_per_s']:.1f} new tokens/s, {timing['all_tokens_per_s']:.1f} tokens/s with prompts"
+    )
+    lines.append(
+        f"bubble {timing['bubble']:.1%}, overlap {overlap}, imbalance {timing['imbalance']:.1%}; before that "
+        f"{timing['start_s']:.2f} s of start-up and {timing['load_s']:.2f} s of loading"
+    )
+    return "\n".join(lines)

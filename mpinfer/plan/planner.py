@@ -1,0 +1,145 @@
+"""Choose the layout: how many replicas and stages, where the cuts lie, how much is in flight.
+
+A simple rule for now: as few stages as memory allows, everything else replicas; cuts that make the slowest
+stage as fast as possible by FLOPs. What the job file gives is obeyed or refused, never adjusted.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+from mpinfer.errors import PlanError
+from mpinfer.plan.block import ModelSummary, Workload, costs
+from mpinfer.plan.grid import Grid
+from mpinfer.plan.partition import part_costs, partition
+from mpinfer.spec import AUTO, ParallelSpec
+
+MAX_MICRO_BATCH = 64  # sequences; beyond it a step of small GEMMs gains little and takes long to join or leave
+MEMORY_SHARE = 0.7  # of a rank's memory that weights may take; the rest is KV cache, activations, libraries
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The layout of a job. `cuts` are block indices: stage s holds blocks [cuts[s], cuts[s+1])."""
+
+    replicas: int
+    stages: int
+    shards: int
+    cuts: tuple[int, ...]
+    micro_batch: int  # sequences in a group
+    in_flight: int  # groups of a replica
+    reasons: tuple[str, ...]
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.replicas, self.stages, self.shards)
+
+    def blocks_of(self, stage: int) -> tuple[int, int]:
+        return self.cuts[stage], self.cuts[stage + 1]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, tree: dict[str, Any]) -> "Plan":
+        return cls(**{**tree, "cuts": tuple(tree["cuts"]), "reasons": tuple(tree["reasons"])})
+
+
+def make_plan(
+    parallel: ParallelSpec,
+    model: ModelSummary,
+    workload: Workload,
+    rank_memory_bytes: Sequence[int],
+) -> Plan:
+    """Lay `model` out over one rank per entry of `rank_memory_bytes`; raises `PlanError` with figures."""
+    ranks, blocks = len(rank_memory_bytes), len(model.blocks)
+    reasons: list[str] = []
+    shards = 1
+    stages = _given_or(parallel.stages, lambda: _fewest_stages(parallel, model, workload, rank_memory_bytes, reasons))
+    if stages > blocks:
+        raise PlanError(f"parallel.stages={stages}: more stages than the model's {blocks} blocks; use at most {blocks}")
+    if ranks % stages:
+        raise PlanError(
+            f"parallel.stages={stages}: does not divide {ranks} ranks; start a multiple of {stages} ranks "
+            f"or choose a divisor of {ranks}"
+        )
+    replicas = _given_or(parallel.replicas, lambda: ranks // stages)
+    if replicas * stages * shards != ranks:
+        raise PlanError(
+            f"parallel.replicas={replicas} x parallel.stages={stages}: needs {replicas * stages} ranks, the world has "
+            f"{ranks}; start {replicas * stages} ranks or set one of them to auto"
+        )
+    cuts = partition(costs(model.blocks, workload), stages)
+    in_flight = _given_or(parallel.in_flight, lambda: stages)
+    if in_flight < stages:
+        raise PlanError(
+            f"parallel.in_flight={in_flight}: fewer groups than {stages} stages leave stages idle; "
+            f"use at least {stages}"
+        )
+    share = -(-workload.records // (replicas * in_flight))
+    micro_batch = _given_or(parallel.micro_batch, lambda: max(1, min(share, MAX_MICRO_BATCH)))
+    if parallel.micro_batch == AUTO:
+        reasons.append(
+            f"micro_batch {micro_batch}: {workload.records} records over {replicas * in_flight} groups, "
+            f"at most {MAX_MICRO_BATCH}"
+        )
+    return Plan(replicas, stages, shards, cuts, micro_batch, in_flight, tuple(reasons))
+
+
+def describe(plan: Plan, model: ModelSummary, workload: Workload) -> str:
+    """The plan as a table for people, with the reasons for what it chose."""
+    total = costs(model.blocks, workload)
+    parts = part_costs(total, plan.cuts)
+    lines = [
+        f"plan: {plan.grid} = {plan.grid.size} ranks, {plan.in_flight} groups of {plan.micro_batch} sequences "
+        f"in flight per replica",
+        f"  {'stage':>5}  {'blocks':<22} {'weights':>10}  {'work':>6}",
+    ]
+    for stage, (start, stop) in enumerate(pairwise(plan.cuts)):
+        first, last = model.blocks[start].name, model.blocks[stop - 1].name
+        names = first if start == stop - 1 else f"{first} .. {last}"
+        megabytes = model.weight_bytes_of(start, stop) / 1e6
+        lines.append(f"  {stage:>5}  {names:<22} {megabytes:>7.1f} MB  {parts[stage] / sum(parts):>6.1%}")
+    even = sum(parts) / len(parts)
+    lines.append(f"  slowest stage {max(parts) / even:.2f}x the mean")
+    lines.extend(f"  {reason}" for reason in plan.reasons)
+    return "\n".join(lines)
+
+
+def _given_or(value: Any, choose: Any) -> int:
+    return choose() if value == AUTO else value
+
+
+def _fewest_stages(
+    parallel: ParallelSpec,
+    model: ModelSummary,
+    workload: Workload,
+    rank_memory_bytes: Sequence[int],
+    reasons: list[str],
+) -> int:
+    """The smallest divisor of the ranks whose every stage fits the memory of the poorest rank."""
+    ranks = len(rank_memory_bytes)
+    if parallel.replicas != AUTO:
+        if ranks % parallel.replicas:
+            raise PlanError(
+                f"parallel.replicas={parallel.replicas}: does not divide {ranks} ranks; start a multiple of "
+                f"{parallel.replicas} ranks or choose a divisor of {ranks}"
+            )
+        reasons.append(f"stages {ranks // parallel.replicas}: {ranks} ranks / {parallel.replicas} replicas as given")
+        return ranks // parallel.replicas
+    limit = MEMORY_SHARE * min(rank_memory_bytes)
+    largest = 0
+    for stages in (n for n in range(1, ranks + 1) if ranks % n == 0 and n <= len(model.blocks)):
+        cuts = partition(costs(model.blocks, workload), stages)
+        largest = max(model.weight_bytes_of(start, stop) for start, stop in pairwise(cuts))
+        verdict = f"{stages} stages: largest {largest / 1e6:.1f} MB of weights against {limit / 1e6:.0f} MB a rank"
+        if largest <= limit:
+            reasons.append(f"{verdict}, fits: fewest stages win")
+            return stages
+        reasons.append(f"{verdict}, refused")
+    raise PlanError(
+        f"model of {model.weight_bytes / 1e6:.0f} MB: does not fit {ranks} ranks of "
+        f"{min(rank_memory_bytes) / 1e6:.0f} MB (best cut leaves {largest / 1e6:.0f} MB on one rank, "
+        f"{MEMORY_SHARE:.0%} may be weights); start more ranks"
+    )

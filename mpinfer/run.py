@@ -1,0 +1,315 @@
+"""The composition root: one rank's life, from launch to exit code.
+
+Every rank runs `run_job`; what a rank is gets decided once, by what is built for it.
+"""
+
+import json
+import os
+import platform
+import socket
+import sys
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpinfer.cluster.binding import Binding, allowed_cores, apply_binding, choose_binding, cpu_quota, physical_cores
+from mpinfer.cluster.context import LaunchContext, check_world, read_context
+from mpinfer.cluster.doctor import RankFacts, doctor_report, local_memory_bytes
+from mpinfer.coordinator.dispatch import Coordinator
+from mpinfer.coordinator.progress import Progress
+from mpinfer.errors import ExitCode, PlanError
+from mpinfer.models.directory import check_model_directory
+from mpinfer.observe.report import timing, timing_table
+from mpinfer.plan.block import Workload
+from mpinfer.plan.planner import Plan, describe, make_plan
+from mpinfer.records.files import write_atomically
+from mpinfer.records.journal import Journal
+from mpinfer.records.manifest import merge
+from mpinfer.records.reader import JsonlInput, check_generate
+from mpinfer.spec import JobSpec, load_spec, spec_from_dict
+from mpinfer.transport.control import ACCOUNT, COORDINATOR
+from mpinfer.transport.endpoint import (
+    Agreed,
+    Endpoint,
+    agree,
+    everywhere,
+    install_abort_hook,
+    library_version,
+)
+from mpinfer.version import VERSION
+
+if TYPE_CHECKING:  # torch loads only once the cheap checks have passed and threads are bound
+    from mpinfer.generate.replica import DecodeRank
+
+BYTES_PER_TOKEN = 4.0  # of a prompt, before it is tokenized
+
+
+@dataclass
+class World:
+    """This rank and its surroundings."""
+
+    endpoint: Endpoint
+    context: LaunchContext
+    binding: Binding
+    nodes: int
+    local_rank: int
+    local_size: int
+    place: str = "at start-up"  # for messages; coordinates once there is a plan
+
+    @property
+    def is_coordinator(self) -> bool:
+        return self.endpoint.rank == COORDINATOR
+
+    def say(self, text: str) -> None:
+        """Log from rank 0."""
+        if self.is_coordinator:
+            print(f"mpinfer: {text}", file=sys.stderr, flush=True)
+
+    def __str__(self) -> str:
+        return f"rank {self.endpoint.rank} node {self.context.node} {self.place}"
+
+
+def join_world() -> World:
+    """Find out where this rank is, check it against MPI, bind its threads.
+
+    Raises `Agreed` when ranks cannot be bound, `LaunchError` when MPI's world is not the promised one.
+    """
+    context = read_context()
+    endpoint = Endpoint()
+    check_world(context, endpoint.rank, endpoint.size)
+    everyone = endpoint.all_gather([context.node, sorted(allowed_cores())])
+    neighbours = [rank for rank, (node, _) in enumerate(everyone) if node == context.node]
+    local_rank = neighbours.index(endpoint.rank)
+    binding = everywhere(
+        endpoint,
+        lambda: choose_binding(
+            [frozenset(everyone[rank][1]) for rank in neighbours],
+            local_rank,
+            os.environ,
+            quota=cpu_quota(),
+            physical=physical_cores(),
+        ),
+    )
+    apply_binding(binding)
+    world = World(endpoint, context, binding, len({node for node, _ in everyone}), local_rank, len(neighbours))
+    install_abort_hook(endpoint, lambda: str(world))
+    return world
+
+
+def run_job(job: str, overrides: list[str], output: str | None, resume: bool, dry_run: bool) -> ExitCode:
+    """Run a job on this rank; every rank of the world calls this with the same arguments.
+
+    Returns the same exit code on every rank. Bad input is reported by rank 0, in one line. Raises `LaunchError`
+    when there is no world to run in.
+    """
+    world = join_world()
+    try:
+        return _run(world, job, overrides, output, resume, dry_run)
+    except Agreed as error:
+        world.say(f"error: {error}")
+        return error.exit_code
+
+
+def _run(world: World, job: str, overrides: list[str], output: str | None, resume: bool, dry_run: bool) -> ExitCode:
+    files: OutputFiles | None = None
+
+    def first_look() -> dict[str, Any]:
+        """All that rank 0 can refuse without torch."""
+        nonlocal files
+        spec = load_spec(job, overrides, output)
+        check_model_directory(spec.model.path)
+        records = JsonlInput(spec.input.path, check_generate)
+        done = None
+        if not dry_run:
+            files = OutputFiles(spec, records, resume)
+            done = files.exit_code if files.journal.complete else None
+        return {"spec": spec.to_dict(), "done": done, "records": len(records), "bytes": records.total_bytes}
+
+    look = agree(world.endpoint, first_look)
+    spec = spec_from_dict(look["spec"])
+    if look["done"] is not None:
+        world.say(f"{spec.output.path}: already complete, nothing to do")
+        return ExitCode(look["done"])
+
+    start_s = _process_age_s()
+    loading = time.perf_counter()
+    skeleton = everywhere(world.endpoint, lambda: _skeleton(spec))
+    model = skeleton.summary()
+    work = workload(spec, look["records"], look["bytes"])
+    memories = [m // n for m, n in world.endpoint.all_gather([local_memory_bytes(), world.local_size])]
+    plan = Plan.from_dict(agree(world.endpoint, lambda: make_plan(spec.parallel, model, work, memories).to_dict()))
+    world.place = str(plan.grid.coordinates(world.endpoint.rank))
+    world.say(
+        f"{VERSION}, {world.endpoint.size} ranks on {world.nodes} nodes ({world.context.launcher}), "
+        f"{world.binding.threads} threads a rank ({world.binding.reason})"
+    )
+    world.say(describe(plan, model, work))
+    if dry_run:
+        return ExitCode.COMPLETE
+    rank = everywhere(world.endpoint, lambda: _build_rank(world, spec, plan, skeleton))
+    load_s = time.perf_counter() - loading
+    world.endpoint.barrier()
+    if files is not None:
+        return _coordinate(world, rank, plan, files, start_s, load_s)
+    rank.run()
+    world.endpoint.send(COORDINATOR, ACCOUNT, _close_account(world, rank, load_s))
+    world.endpoint.flush()
+    return ExitCode(world.endpoint.broadcast(None))
+
+
+def _coordinate(
+    world: World, rank: "DecodeRank", plan: Plan, files: "OutputFiles", start_s: float, load_s: float
+) -> ExitCode:
+    """Rank 0: its own share of the computing, then the end of the run."""
+    journal, records = files.journal, files.records
+    progress = Progress(len(records), len(journal.done))
+
+    def keep(result: dict[str, Any]) -> None:
+        journal.append(result)
+        progress.advance()
+
+    pending = [index for index in range(len(records)) if index not in journal.done]
+    coordinator = Coordinator(world.endpoint, records, pending, plan.replicas, keep)
+    started = time.perf_counter()
+    rank.run()
+    world.endpoint.send(COORDINATOR, ACCOUNT, _close_account(world, rank, load_s))
+    world.endpoint.wait_until(lambda: coordinator.finished)
+    wall_s = time.perf_counter() - started
+    progress.close()
+    accounts = [coordinator.accounts[rank] for rank in range(world.endpoint.size)]
+    account = timing(plan, len(pending), wall_s, start_s, load_s, accounts)
+    files.finish(account)
+    world.endpoint.broadcast(int(files.exit_code))
+    print(timing_table(account), flush=True)
+    world.say(f"{files.directory}: complete, {len(records)} records, {journal.errors} failed")
+    return files.exit_code
+
+
+class OutputFiles:
+    """Rank 0's side of the output directory: the journal while the run lasts, results and manifest at its end."""
+
+    def __init__(self, spec: JobSpec, records: JsonlInput, resume: bool) -> None:
+        self._spec, self.records = spec, records
+        self.directory = Path(spec.output.path)
+        self.journal = Journal.open(self.directory, spec.identity(), records.sha256, records.ids, resume)
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """Of the run, once it is complete."""
+        return ExitCode.RECORDS_FAILED if self.journal.errors else ExitCode.COMPLETE
+
+    def finish(self, account: dict[str, Any]) -> None:
+        """Write the account, the ordered results and, last, the manifest."""
+        write_atomically(self.directory / "timing.json", json.dumps(account, indent=2).encode() + b"\n")
+        facts = {"spec": self._spec.to_dict(), "spec_fingerprint": self._spec.fingerprint(), "versions": versions()}
+        merge(self.directory, self.journal, len(self.records), facts)
+        self.journal.close()
+
+
+def workload(spec: JobSpec, records: int, record_bytes: int) -> Workload:
+    """What is known of the work before the prompts are tokenized."""
+    return Workload(records, record_bytes / BYTES_PER_TOKEN, float(records * spec.generate.max_new_tokens))
+
+
+def versions() -> dict[str, str]:
+    """What ran: of every package that decides results, its version."""
+    packages = {name: version(name) for name in ("torch", "transformers", "numpy", "mpi4py")}
+    return {"mpinfer": VERSION, "python": platform.python_version(), "mpi": library_version(), **packages}
+
+
+def _skeleton(spec: JobSpec) -> Any:
+    import torch
+
+    from mpinfer.models.decoder import DecoderSkeleton
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    torch.set_num_interop_threads(1)
+    return DecoderSkeleton(Path(spec.model.path), spec.model.dtype)
+
+
+def _build_rank(world: World, spec: JobSpec, plan: Plan, skeleton: Any) -> "DecodeRank":
+    from mpinfer.generate.replica import DecodeRank
+    from mpinfer.pipeline.device import choose_device
+
+    return DecodeRank(world.endpoint, spec, plan, skeleton, choose_device(spec.model.device, world.local_rank))
+
+
+def _close_account(world: World, rank: "DecodeRank", load_s: float) -> dict[str, Any]:
+    """What this rank tells rank 0 of itself at its end."""
+    coordinates = rank.coordinates
+    return {
+        "rank": world.endpoint.rank,
+        "host": socket.gethostname(),
+        "coordinates": {"replica": coordinates.replica, "stage": coordinates.stage, "shard": coordinates.shard},
+        "cores": list(world.binding.cores),
+        "threads": world.binding.threads,
+        **rank.close_account(),
+        "load_s": load_s,
+        "peak_memory_bytes": _peak_memory_bytes(),
+    }
+
+
+def _peak_memory_bytes() -> int:
+    """The most resident memory that this process ever had. Not getrusage, which remembers the parent's too."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status has no VmHWM")
+
+
+def _process_age_s() -> float:
+    """Seconds since the kernel started this process: imports and MPI's start included."""
+    started_ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    uptime_s = float(Path("/proc/uptime").read_text().split()[0])
+    return uptime_s - started_ticks / os.sysconf("SC_CLK_TCK")
+
+
+def plan_job(job: str, overrides: list[str], ranks: int, nodes: int, as_json: bool) -> ExitCode:
+    """Print the layout a job would get on `ranks` ranks over `nodes` nodes like this one. No MPI, no weights.
+
+    Raises `MpinferError` when the job cannot be planned.
+    """
+    if ranks < 1 or nodes < 1 or ranks < nodes:
+        raise PlanError(f"--ranks {ranks} --nodes {nodes}: at least one rank on each node; raise --ranks")
+    spec = load_spec(job, overrides)
+    check_model_directory(spec.model.path)
+    records = JsonlInput(spec.input.path, check_generate)
+    model = _skeleton(spec).summary()
+    work = workload(spec, len(records), records.total_bytes)
+    memory_bytes = local_memory_bytes() // -(-ranks // nodes)
+    plan = make_plan(spec.parallel, model, work, [memory_bytes] * ranks)
+    print(json.dumps(plan.to_dict(), indent=2) if as_json else describe(plan, model, work))
+    return ExitCode.COMPLETE
+
+
+def examine_world() -> ExitCode:
+    """Gather every rank's facts and print them from rank 0, with what looks wrong."""
+    try:
+        world = join_world()
+    except Agreed as error:
+        print(f"mpinfer: error: {error}", file=sys.stderr)
+        return error.exit_code
+    from mpinfer.pipeline.device import choose_device
+
+    facts = RankFacts(
+        rank=world.endpoint.rank,
+        node=world.context.node,
+        local_rank=world.local_rank,
+        cores=world.binding.cores,
+        threads=world.binding.threads,
+        mpi_library=library_version(),
+        mpi4py_version=version("mpi4py"),
+        torch_version=version("torch"),
+        mpinfer_version=VERSION,
+        python_version=platform.python_version(),
+        device=choose_device("auto", world.local_rank),
+        memory_bytes=local_memory_bytes(),
+    )
+    everyone = [
+        RankFacts(**{**other, "cores": tuple(other["cores"])}) for other in world.endpoint.all_gather(asdict(facts))
+    ]
+    if world.is_coordinator:
+        print(doctor_report(world.context.launcher, everyone), flush=True)
+    return ExitCode.COMPLETE

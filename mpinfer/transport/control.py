@@ -1,0 +1,26 @@
+"""The control plane: small JSON messages between rank 0 and the replicas."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+COORDINATOR = 0
+"""The rank that hands out records and gathers results."""
+
+# Kinds of control messages.
+WANT = "want"  # leader to coordinator: how many records it could take
+RECORDS = "records"  # the answer: records, and whether there will be more
+RESULTS = "results"  # leader to coordinator
+ACCOUNT = "account"  # every rank to the coordinator, at its end
+
+
+class Control(Protocol):
+    """Small messages of any size between any two ranks, as JSON, handled at progress points."""
+
+    @property
+    def size(self) -> int: ...
+
+    def send(self, destination: int, kind: str, body: Any) -> None: ...
+
+    def on(self, kind: str, handler: Callable[[int, Any], None]) -> None: ...
+
+    def wait_until(self, done: Callable[[], bool]) -> None: ...

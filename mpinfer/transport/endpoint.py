@@ -1,0 +1,211 @@
+"""This rank's end of the world: control messages, progress and waiting, over MPI.
+
+MPI moves data only when somebody calls it, so every wait here polls, and `Endpoint.progress` is called
+between layers. Waiting ranks back off to short sleeps: a rank that waits must not burn the core that
+another rank computes on.
+
+Imports neither torch nor numpy: a run binds its threads and refuses bad input before they load.
+"""
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from itertools import accumulate
+from types import TracebackType
+from typing import Any, NoReturn, Protocol, TypeVar
+
+from mpi4py import MPI
+
+from mpinfer.errors import ExitCode, MpinferError
+
+_CONTROL_TAG = 1
+_SPIN_S = 50e-6  # poll without sleeping for this long: a message on its way arrives within it
+_SHORTEST_SLEEP_S, _LONGEST_SLEEP_S = 20e-6, 1e-3
+_COLLECTIVE_SLEEP_S = 10e-3  # start and end of a run, where ranks wait for seconds
+
+T = TypeVar("T")
+Handler = Callable[[int, Any], None]
+
+
+class Progressive(Protocol):
+    """Something with sends of its own to complete at progress points."""
+
+    def complete_finished(self) -> None: ...
+
+
+class Endpoint:
+    """This rank's end of the world. Create one, on the main thread, before anything else talks MPI."""
+
+    def __init__(self) -> None:
+        world = MPI.COMM_WORLD
+        self.rank, self.size = world.rank, world.size
+        # Communicators of our own: no message of the user's program or of another layer can match ours.
+        self._collective = world.Dup()
+        self._control = world.Dup()
+        self.data = world.Dup()  # for channels
+        self._sends: deque[tuple[MPI.Request, bytes]] = deque()
+        self._receives: deque[tuple[MPI.Request, bytearray, int]] = deque()  # handled in order of arrival
+        self._channels: list[Progressive] = []
+        self._handlers: dict[str, Handler] = {}
+        self.control_bytes_sent = 0
+        self.control_bytes_received = 0
+
+    # -- progress ------------------------------------------------------------------------------------------------
+
+    def progress(self) -> None:
+        """Let MPI move data, complete what is done, and answer control messages. Called between layers."""
+        while self._sends and self._sends[0][0].Test():
+            self._sends.popleft()
+        for channel in self._channels:
+            channel.complete_finished()
+        self._serve()
+
+    def wait_until(self, done: Callable[[], bool]) -> None:
+        """Poll `done`, making progress, first without a pause and then with growing sleeps."""
+        started = time.perf_counter()
+        sleep_s = _SHORTEST_SLEEP_S
+        while not done():
+            self.progress()
+            if time.perf_counter() - started > _SPIN_S:
+                time.sleep(sleep_s)
+                sleep_s = min(2 * sleep_s, _LONGEST_SLEEP_S)
+
+    # -- control messages ----------------------------------------------------------------------------------------
+
+    def send(self, destination: int, kind: str, body: Any) -> None:
+        """Start sending a JSON message; the buffer lives until the send is complete."""
+        buffer = json.dumps([kind, body]).encode()
+        request = self._control.Isend([buffer, MPI.BYTE], dest=destination, tag=_CONTROL_TAG)
+        self._sends.append((request, buffer))
+        self.control_bytes_sent += len(buffer)
+
+    def on(self, kind: str, handler: Handler) -> None:
+        """Have control messages of a kind handled by `handler(source, body)`, at progress points."""
+        self._handlers[kind] = handler
+
+    def _serve(self) -> None:
+        status = MPI.Status()
+        while (message := self._control.Improbe(MPI.ANY_SOURCE, _CONTROL_TAG, status)) is not None:
+            buffer = bytearray(status.Get_count(MPI.BYTE))
+            self._receives.append((message.Irecv([buffer, MPI.BYTE]), buffer, status.Get_source()))
+        while self._receives and self._receives[0][0].Test():
+            _, buffer, source = self._receives.popleft()
+            self.control_bytes_received += len(buffer)
+            kind, body = json.loads(buffer)
+            self._handlers[kind](source, body)
+
+    def flush(self) -> None:
+        """Wait until every control message that was sent is complete."""
+        self.wait_until(lambda: not self._sends)
+
+    # -- collectives: only before the loop and after it ----------------------------------------------------------
+
+    def barrier(self) -> None:
+        self._finish(self._collective.Ibarrier())
+
+    def broadcast(self, body: Any, root: int = 0) -> Any:
+        """Rank `root`'s JSON-able body on every rank."""
+        buffer = bytearray(json.dumps(body).encode() if self.rank == root else b"")
+        length = bytearray(len(buffer).to_bytes(8, "little"))
+        self._finish(self._collective.Ibcast([length, MPI.BYTE], root=root))
+        if self.rank != root:
+            buffer = bytearray(int.from_bytes(length, "little"))
+        self._finish(self._collective.Ibcast([buffer, MPI.BYTE], root=root))
+        return json.loads(buffer)
+
+    def all_gather(self, body: Any) -> list[Any]:
+        """Every rank's JSON-able body, by rank, on every rank."""
+        data = json.dumps(body).encode()
+        gathered = bytearray(8 * self.size)
+        self._finish(self._collective.Iallgather([len(data).to_bytes(8, "little"), MPI.BYTE], [gathered, MPI.BYTE]))
+        lengths = [int.from_bytes(gathered[i : i + 8], "little") for i in range(0, len(gathered), 8)]
+        ends = list(accumulate(lengths))
+        bodies = bytearray(ends[-1])
+        self._finish(self._collective.Iallgatherv([data, MPI.BYTE], [bodies, lengths, None, MPI.BYTE]))
+        return [json.loads(bodies[end - n : end]) for end, n in zip(ends, lengths, strict=True)]
+
+    def _finish(self, request: MPI.Request) -> None:
+        pause_s = _SHORTEST_SLEEP_S
+        while not request.Test():
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _COLLECTIVE_SLEEP_S)
+
+    # -- the data plane and the end ------------------------------------------------------------------------------
+
+    def attach(self, channel: Progressive) -> None:
+        """Have a channel's sends completed at progress points."""
+        self._channels.append(channel)
+
+    def abort(self, code: int) -> NoReturn:
+        """End the whole world at once."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        MPI.COMM_WORLD.Abort(int(code))
+        os._exit(int(code))  # an Abort may return
+
+
+def agree(endpoint: Endpoint, decide: Callable[[], T]) -> T:
+    """What rank 0's `decide` returns (JSON-able), on every rank; what it raises of `MpinferError`, on every rank.
+
+    Raises `Agreed`: every rank does, so every rank can leave in order.
+    """
+    outcome: dict[str, Any] = {}
+    if endpoint.rank == 0:
+        try:
+            outcome = {"value": decide()}
+        except MpinferError as error:
+            outcome = {"error": str(error), "code": error.exit_code}
+    outcome = endpoint.broadcast(outcome)
+    if "error" in outcome:
+        raise Agreed(outcome["error"], ExitCode(outcome["code"]))
+    return outcome["value"]
+
+
+def everywhere(endpoint: Endpoint, work: Callable[[], T]) -> T:
+    """Run `work` on every rank; when any of them raises `MpinferError`, all raise the first one's as `Agreed`."""
+    error: MpinferError | None = None
+    try:
+        value = work()
+    except MpinferError as raised:
+        error = raised
+    for outcome in endpoint.all_gather([str(error), int(error.exit_code)] if error else None):
+        if outcome is not None:
+            raise Agreed(outcome[0], ExitCode(outcome[1]))
+    return value
+
+
+class Agreed(Exception):
+    """An error that every rank raises at the same point of the program."""
+
+    def __init__(self, message: str, exit_code: ExitCode) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def install_abort_hook(endpoint: Endpoint, where: Callable[[], str]) -> None:
+    """From now on an uncaught exception on one rank says where it happened and ends the world.
+
+    Without this the other ranks would wait for ever.
+    """
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            sys.stderr.write(f"mpinfer: interrupted on {where()}; --resume continues the run\n")
+            endpoint.abort(ExitCode.INTERRUPTED)
+        if isinstance(error, MpinferError):
+            sys.stderr.write(f"mpinfer: fatal on {where()}: {error}; --resume continues the run\n")
+        else:
+            text = "".join(traceback.format_exception(kind, error, trace))
+            sys.stderr.write(f"mpinfer: fatal on {where()}; --resume continues the run\n{text}")
+        endpoint.abort(ExitCode.FAULT)
+
+    sys.excepthook = hook
+
+
+def library_version() -> str:
+    """The MPI library in use, on one line."""
+    return MPI.Get_library_version().split(",")[0].split("\n")[0].replace("\t", " ").strip(" \0")
