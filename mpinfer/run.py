@@ -9,7 +9,7 @@ import platform
 import socket
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +21,10 @@ from mpinfer.coordinator.dispatch import Coordinator
 from mpinfer.coordinator.progress import Progress
 from mpinfer.errors import ExitCode, PlanError
 from mpinfer.models.directory import check_model_directory
-from mpinfer.observe.report import timing, timing_table
+from mpinfer.observe.report import Before, timing, timing_table
 from mpinfer.plan.block import Workload
 from mpinfer.plan.planner import Plan, describe, make_plan
+from mpinfer.plan.predict import StepTimes, predict_wall_s
 from mpinfer.records.files import write_atomically
 from mpinfer.records.journal import Journal
 from mpinfer.records.manifest import merge
@@ -133,8 +134,6 @@ def _run(world: World, job: str, overrides: list[str], output: str | None, resum
         world.say(f"{spec.output.path}: already complete, nothing to do")
         return ExitCode(look["done"])
 
-    start_s = _process_age_s()
-    loading = time.perf_counter()
     skeleton = everywhere(world.endpoint, lambda: _skeleton(spec))
     model = skeleton.summary()
     work = workload(spec, look["records"], look["bytes"])
@@ -148,20 +147,25 @@ def _run(world: World, job: str, overrides: list[str], output: str | None, resum
     world.say(describe(plan, model, work))
     if dry_run:
         return ExitCode.COMPLETE
+    start_s = _process_age_s()
+    loading = time.perf_counter()
     rank = everywhere(world.endpoint, lambda: _build_rank(world, spec, plan, skeleton))
     load_s = time.perf_counter() - loading
-    world.endpoint.barrier()
+    times = [StepTimes(*pair) for pair in world.endpoint.all_gather(astuple(rank.step_times()))]
     if files is not None:
-        return _coordinate(world, rank, plan, files, start_s, load_s)
+        left = work.part((len(files.records) - len(files.journal.done)) / len(files.records))
+        predicted_s = predict_wall_s(plan, left, spec.generate.step_tokens, times)
+        world.say(
+            f"started in {start_s:.2f} s, loaded in {load_s:.2f} s, expecting to run for about {predicted_s:.0f} s"
+        )
+        return _coordinate(world, rank, plan, files, Before(start_s, load_s, predicted_s))
     rank.run()
-    world.endpoint.send(COORDINATOR, ACCOUNT, _close_account(world, rank, load_s))
+    world.endpoint.send(COORDINATOR, ACCOUNT, _close_account(world, rank))
     world.endpoint.flush()
     return ExitCode(world.endpoint.broadcast(None))
 
 
-def _coordinate(
-    world: World, rank: "DecodeRank", plan: Plan, files: "OutputFiles", start_s: float, load_s: float
-) -> ExitCode:
+def _coordinate(world: World, rank: "DecodeRank", plan: Plan, files: "OutputFiles", before: Before) -> ExitCode:
     """Rank 0: its own share of the computing, then the end of the run."""
     journal, records = files.journal, files.records
     progress = Progress(len(records), len(journal.done))
@@ -174,12 +178,12 @@ def _coordinate(
     coordinator = Coordinator(world.endpoint, records, pending, plan.replicas, keep)
     started = time.perf_counter()
     rank.run()
-    world.endpoint.send(COORDINATOR, ACCOUNT, _close_account(world, rank, load_s))
+    world.endpoint.send(COORDINATOR, ACCOUNT, _close_account(world, rank))
     world.endpoint.wait_until(lambda: coordinator.finished)
     wall_s = time.perf_counter() - started
     progress.close()
     accounts = [coordinator.accounts[rank] for rank in range(world.endpoint.size)]
-    account = timing(plan, len(pending), wall_s, start_s, load_s, accounts)
+    account = timing(plan, len(pending), wall_s, before, accounts)
     files.finish(account)
     world.endpoint.broadcast(int(files.exit_code))
     print(timing_table(account), flush=True)
@@ -236,7 +240,7 @@ def _build_rank(world: World, spec: JobSpec, plan: Plan, skeleton: Any) -> "Deco
     return DecodeRank(world.endpoint, spec, plan, skeleton, choose_device(spec.model.device, world.local_rank))
 
 
-def _close_account(world: World, rank: "DecodeRank", load_s: float) -> dict[str, Any]:
+def _close_account(world: World, rank: "DecodeRank") -> dict[str, Any]:
     """What this rank tells rank 0 of itself at its end."""
     coordinates = rank.coordinates
     return {
@@ -246,7 +250,6 @@ def _close_account(world: World, rank: "DecodeRank", load_s: float) -> dict[str,
         "cores": list(world.binding.cores),
         "threads": world.binding.threads,
         **rank.close_account(),
-        "load_s": load_s,
         "peak_memory_bytes": _peak_memory_bytes(),
     }
 

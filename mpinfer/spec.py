@@ -70,11 +70,6 @@ class TransportSpec:
 
 
 @dataclass(frozen=True)
-class WatchdogSpec:
-    timeout_s: float = _rule(60.0, minimum=1)
-
-
-@dataclass(frozen=True)
 class JobSpec:
     """One job. `fingerprint` names what it computes, whatever the layout it runs in."""
 
@@ -84,7 +79,6 @@ class JobSpec:
     parallel: ParallelSpec = ParallelSpec()
     generate: GenerateSpec = GenerateSpec()
     transport: TransportSpec = TransportSpec()
-    watchdog: WatchdogSpec = WatchdogSpec()
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -4,7 +4,7 @@ Everything happens in handlers of control messages, at the progress points of ra
 coordinator costs no rank. Replicas pull: a slow one asks less often.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from mpinfer.transport.control import ACCOUNT, RECORDS, RESULTS, WANT, Control
@@ -15,6 +15,9 @@ class Records(Protocol):
 
     @property
     def ids(self) -> list[Any]: ...
+
+    @property
+    def lengths(self) -> Sequence[int]: ...
 
     def line(self, index: int) -> bytes: ...
 
@@ -32,6 +35,7 @@ class Coordinator:
     ) -> None:
         self._endpoint, self._records, self._replicas, self._keep = endpoint, records, replicas, keep
         self._pending = list(pending)[::-1]  # the next record is the last entry
+        self._pending_bytes = sum(records.lengths[index] for index in self._pending)
         self._outstanding = 0
         self.accounts: dict[int, dict[str, Any]] = {}
         endpoint.on(WANT, self._hand_out)
@@ -44,9 +48,14 @@ class Coordinator:
         return not self._pending and not self._outstanding and len(self.accounts) == self._endpoint.size
 
     def _hand_out(self, leader: int, wanted: int) -> None:
-        """At most an even share of what is left: near the end no replica hoards what another could do."""
-        share = -(-len(self._pending) // self._replicas)
-        batch = [self._pending.pop() for _ in range(min(wanted, share))]
+        """At most an even share of what is left, by length: near the end no replica hoards what another could do."""
+        share_bytes = self._pending_bytes / self._replicas
+        batch: list[int] = []
+        while self._pending and len(batch) < wanted and share_bytes > 0:
+            index = self._pending.pop()
+            batch.append(index)
+            share_bytes -= self._records.lengths[index]
+            self._pending_bytes -= self._records.lengths[index]
         self._outstanding += len(batch)
         lines = [[index, self._records.ids[index], self._records.line(index).decode()] for index in batch]
         self._endpoint.send(leader, RECORDS, {"records": lines, "more": bool(self._pending)})

@@ -6,7 +6,9 @@ becomes resident memory on a CPU. Nothing is copied as a sequence grows.
 
 from collections.abc import Sequence
 from itertools import accumulate
+from math import prod
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -24,10 +26,7 @@ class KVCache:
         """Keys and values of a layer, [slots, capacity, kv_heads, head_dim]; allocated at its first use."""
         if index not in self._layers:
             shape = (self.slots, self.capacity, *like.shape[1:])
-            self._layers[index] = (
-                torch.empty(shape, dtype=like.dtype, device=self.device),
-                torch.empty(shape, dtype=like.dtype, device=self.device),
-            )
+            self._layers[index] = (_zeros(shape, like.dtype, self.device), _zeros(shape, like.dtype, self.device))
         return self._layers[index]
 
 
@@ -125,6 +124,14 @@ class PackedStep:
                 mask &= past > positions - window
             self._masks[row, window] = mask
         return self._masks[row, window]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Zeros, because what is masked is still multiplied by 0 and must be finite. On a CPU not by writing them:
+    numpy asks the kernel for zero pages, which take no memory until they are used."""
+    if device != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def _contiguous_runs(segments: Sequence[Segment]) -> list[tuple[int, list[Segment]]]:

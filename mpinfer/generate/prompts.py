@@ -47,15 +47,18 @@ class Prompts:
             return ids
         if self._tokenizer is None:
             raise RecordError("prompt: the model directory has no tokenizer; give token_ids or add tokenizer.json")
-        if "messages" in record:
-            if not self._tokenizer.chat_template:
-                raise RecordError("messages: the model has no chat template; give a prompt")
-            return self._tokenizer.apply_chat_template(
-                record["messages"], add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        if record["prompt"] == "":
+        if record.get("prompt") == "":
             return []
-        return self._tokenizer(record["prompt"]).input_ids
+        if "messages" in record and not self._tokenizer.chat_template:
+            raise RecordError("messages: the model has no chat template; give a prompt")
+        try:
+            if "messages" in record:
+                return self._tokenizer.apply_chat_template(
+                    record["messages"], add_generation_prompt=True, tokenize=True, return_dict=False
+                )
+            return self._tokenizer(record["prompt"]).input_ids
+        except Exception as error:  # a template may refuse the roles, a tokenizer half a surrogate pair
+            raise RecordError(f"the tokenizer refuses this record ({error!r}); correct its text") from error
 
 
 def stop_token_ids(directory: Path, config: Any) -> set[int]:

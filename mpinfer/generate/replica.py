@@ -11,20 +11,22 @@ from mpinfer.generate.cache import KVCache
 from mpinfer.generate.feed import RecordFeed
 from mpinfer.generate.prompts import Prompts, stop_token_ids
 from mpinfer.generate.ring import DecodeRing
-from mpinfer.generate.scheduler import Scheduler
-from mpinfer.generate.stage import DecodeStage, header_words
+from mpinfer.generate.scheduler import Scheduler, Segment, Step
+from mpinfer.generate.stage import DecodeStage, encode_step, header_words
 from mpinfer.models.decoder import DecoderSkeleton
 from mpinfer.observe.account import Account
 from mpinfer.pipeline.worker import Worker
 from mpinfer.plan.planner import Plan
+from mpinfer.plan.predict import StepTimes
 from mpinfer.plan.schedule import stream
 from mpinfer.spec import AUTO, JobSpec
 from mpinfer.transport.channel import MpiInbox, MpiOutbox
 from mpinfer.transport.endpoint import Endpoint
 from mpinfer.transport.local import LocalChannel
-from mpinfer.transport.message import ChannelPlan
+from mpinfer.transport.message import ChannelPlan, Inbox, Message
 
 _ACTIVATIONS_TAG, _TOKENS_TAG = 1, 2
+_TYPICAL_LENGTH = 128  # tokens of context of the decode step that is timed
 
 
 class DecodeRank:
@@ -41,6 +43,7 @@ class DecodeRank:
         self._inboxes: list[MpiInbox] = []
         self._outboxes: list[MpiOutbox] = []
         self._feed: RecordFeed | None = None
+        self._step_tokens = max(spec.generate.step_tokens, plan.micro_batch)  # one of every sequence must fit
         length = skeleton.max_length if spec.generate.max_length == AUTO else spec.generate.max_length
         self._max_length = min(length, skeleton.max_length)
 
@@ -49,17 +52,37 @@ class DecodeRank:
         self._load_s = time.perf_counter() - started
         cache = KVCache(plan.in_flight * plan.micro_batch, self._max_length, device)
         outbox = self._outbox()
-        inbox = self._ring(skeleton, outbox) if self._part.first else self._inbox_from(self.coordinates.stage - 1)
-        self._inbox = inbox
-        self._worker = Worker(inbox, DecodeStage(self._part, cache), outbox, self._account)
+        self._inbox: Inbox = (
+            self._ring(skeleton, outbox) if self._part.first else self._inbox_from(self.coordinates.stage - 1)
+        )
+        self._stage = DecodeStage(self._part, cache)
+        self._worker = Worker(self._inbox, self._stage, outbox, self._account)
+
+    def step_times(self) -> StepTimes:
+        """Time a full prefill step and a decode step of this stage. Also its warm-up; leaves no trace."""
+        plan = self._plan
+        prefill_tokens = min(self._step_tokens, self._max_length)
+        prefill = Step((Segment(0, 0, prefill_tokens, True),), (0,) * prefill_tokens)
+        position = min(_TYPICAL_LENGTH, self._max_length) - 1
+        decode = Step(
+            tuple(Segment(slot, position, 1, True) for slot in range(plan.micro_batch)), (0,) * plan.micro_batch
+        )
+        return StepTimes(self._time(prefill), self._time(decode))
+
+    def _time(self, step: Step) -> float:
+        message = encode_step(step)
+        if not self._part.first:
+            message = Message(message.header, torch.zeros(len(step.tokens), self._hidden_size, dtype=self._dtype))
+        self._stage.forward(message)
+        started = time.perf_counter()
+        self._stage.forward(message)
+        return time.perf_counter() - started
 
     def run(self) -> None:
         """The loop, until the stream of steps ends."""
         self._account.restart()
         self._worker.run(stream())
         self._inbox.close()
-        for inbox in self._inboxes:
-            inbox.close()
 
     def close_account(self) -> dict[str, Any]:
         """This rank's figures, all measured: seconds per phase, bytes over channels and in control messages."""
@@ -83,7 +106,7 @@ class DecodeRank:
         scheduler = Scheduler(
             plan.in_flight,
             plan.micro_batch,
-            generate.step_tokens,
+            self._step_tokens,
             generate.max_new_tokens,
             self._max_length,
             stop_token_ids(directory, skeleton.config),
@@ -117,7 +140,7 @@ class DecodeRank:
             destination=plan.grid.rank(self.coordinates.replica, destination),
             tag=_TOKENS_TAG if tokens else _ACTIVATIONS_TAG,
             header_words=header_words(plan.micro_batch),
-            rows=plan.micro_batch if tokens else max(self._spec.generate.step_tokens, plan.micro_batch),
+            rows=plan.micro_batch if tokens else self._step_tokens,
             width=1 if tokens else self._hidden_size,
             dtype=torch.int64 if tokens else self._dtype,
             depth=plan.in_flight + 1,  # every group, and the end of the stream

@@ -48,6 +48,7 @@ class DecodeRing:
     def close(self) -> None:
         """Take the end of the stream, which comes back like any step."""
         self._tokens.take(-1)
+        self._tokens.close()
 
     def _next_step(self) -> Message | None:
         for _ in range(len(self._idle)):

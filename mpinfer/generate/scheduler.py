@@ -51,7 +51,8 @@ class _Group:
 
 
 class Scheduler:
-    """The sequences of one replica. `max_length` bounds prompt and new tokens together."""
+    """The sequences of one replica. `step_tokens` is at least `micro_batch`; `max_length` bounds prompt and new
+    tokens together."""
 
     def __init__(
         self,
@@ -63,7 +64,7 @@ class Scheduler:
         stop_ids: Collection[int],
     ) -> None:
         self._groups = [_Group(list(range(g * micro_batch, (g + 1) * micro_batch))) for g in range(groups)]
-        self._step_tokens = max(step_tokens, micro_batch)
+        self._step_tokens = step_tokens
         self._max_new_tokens, self._max_length = max_new_tokens, max_length
         self._stop_ids = frozenset(stop_ids)
         self._waiting: deque[Sequence] = deque()

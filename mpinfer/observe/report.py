@@ -1,15 +1,24 @@
 """The account of a run: `timing.json`, and the same as a table for people."""
 
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from mpinfer.observe.account import PHASES
 from mpinfer.plan.planner import Plan
 
 
-def timing(
-    plan: Plan, records: int, wall_s: float, start_s: float, load_s: float, accounts: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """What `timing.json` holds. Times in seconds; rates exclude start-up and load.
+@dataclass(frozen=True)
+class Before:
+    """What was known when the loop began, in seconds, of rank 0."""
+
+    start_s: float  # from the start of the process to the plan: imports, MPI, reading the job, the model's shape
+    load_s: float  # reading the weights and building channels, until the last rank was done
+    predicted_wall_s: float
+
+
+def timing(plan: Plan, records: int, wall_s: float, before: Before, accounts: list[dict[str, Any]]) -> dict[str, Any]:
+    """What `timing.json` holds. Times in seconds; `wall_s` runs from the first record handed out
+    to the last result, and rates exclude start-up and load.
 
     `bubble` is the share of all ranks' loop time spent waiting (for messages, for slots, for work); `overlap`
     the share of the time sends were in flight that no rank waited for them (null when nothing was sent);
@@ -27,8 +36,7 @@ def timing(
     mean = sum(compute) / len(compute)
     return {
         "wall_s": wall_s,
-        "start_s": start_s,
-        "load_s": load_s,
+        **asdict(before),
         "plan": {
             "replicas": plan.replicas,
             "stages": plan.stages,
@@ -46,7 +54,6 @@ def timing(
         "bubble": waits / (wall_s * len(accounts)),
         "overlap": 1 - send_wait_s / in_flight_s if in_flight_s else None,
         "imbalance": max(compute) / mean - 1 if mean else 0.0,
-        "predicted_wall_s": None,
         "ranks": accounts,
     }
 
@@ -68,7 +75,8 @@ def timing_table(timing: dict[str, Any]) -> str:
     overlap = "none sent" if timing["overlap"] is None else f"{timing['overlap']:.1%}"
     lines.append(
         f"{timing['records']} records in {timing['wall_s']:.2f} s: {timing['records_per_s']:.2f} records/s, "
-        f"{timing['tokens_per_s']:.1f} new tokens/s, {timing['all_tokens_per_s']:.1f} tokens/s with prompts"
+        f"{timing['tokens_per_s']:.1f} new tokens/s, {timing['all_tokens_per_s']:.1f} tokens/s with prompts; "
+        f"predicted {timing['predicted_wall_s']:.2f} s"
     )
     lines.append(
         f"bubble {timing['bubble']:.1%}, overlap {overlap}, imbalance {timing['imbalance']:.1%}; before that "

@@ -46,6 +46,10 @@ class Workload:
     prompt_tokens: float  # estimate, over all records
     new_tokens: float  # upper bound, over all records
 
+    def part(self, fraction: float) -> "Workload":
+        """A fraction of this workload's records."""
+        return Workload(round(self.records * fraction), self.prompt_tokens * fraction, self.new_tokens * fraction)
+
     def cost(self, block: Block) -> float:
         """FLOPs that this workload asks of a block."""
         return block.flops_per_token * (self.prompt_tokens + self.new_tokens) + block.flops_per_sample * self.new_tokens

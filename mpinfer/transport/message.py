@@ -48,6 +48,9 @@ class Inbox(Protocol):
     def take(self, micro_batch: int) -> Message:
         """The next message, waiting for it if need be."""
 
+    def close(self) -> None:
+        """Give up what is prepared for messages that will not come, once the stream has ended."""
+
 
 class Outbox(Protocol):
     def start(self, micro_batch: int, message: Message) -> None:

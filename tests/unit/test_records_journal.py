@@ -286,6 +286,15 @@ def test_resume_goes_on(tmp_path: Path) -> None:
     assert held(tmp_path) == [result(i) for i in range(6)]
 
 
+def test_the_first_of_two_results_in_the_file_wins(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    late = {"index": 0, "id": "a", "error": {"type": "RecordError", "message": "late"}}
+    write(tmp_path, 0, 1)
+    path.write_bytes(path.read_bytes() + journal_module._encode(late))
+    assert held(tmp_path) == [result(0), result(1)]
+    assert read_progress(tmp_path) == Progress(2, 0, 6)
+
+
 def test_resume_without_a_journal_starts(tmp_path: Path) -> None:
     write(tmp_path / "new" / "deep", 0, resume=True)
     assert held(tmp_path / "new" / "deep") == [result(0)]
@@ -433,6 +442,22 @@ def test_an_unfinished_run_is_not_overwritten(tmp_path: Path) -> None:
     assert "holds an unfinished run" in message
     assert "use --resume" in message
     assert (tmp_path / "journal.jsonl").read_bytes() == before
+
+
+def test_a_run_that_ended_before_its_first_result_may_be_begun_again_as_another_job(tmp_path: Path) -> None:
+    write(tmp_path)
+    with closing(open_journal(tmp_path, identity={"model.path": "/models/other"})) as journal:
+        journal.append(result(0))
+    assert "model.path is '/models/m'" in refusal(tmp_path, resume=True)
+    assert read_progress(tmp_path) == Progress(1, 0, 6)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_file_of_somebody_else_is_not_overwritten(tmp_path: Path, resume: bool) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.write_text("one\ntwo\n")
+    refusal(tmp_path, resume)
+    assert path.read_text() == "one\ntwo\n"
 
 
 def test_a_complete_run_is_not_overwritten(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_an_explicit_id_may_not_be_the_default_of_another_record(tmp_path: Path)
 
 
 def test_a_bad_line_does_not_shift_default_ids_into_others(tmp_path: Path) -> None:
-    message = problem(tmp_path, b'{}\n{"id": 0, "prompt": "x"}\n{"prompt": "x"}')
+    message = problem(tmp_path, b'{}\n{"id": 1, "prompt": "x"}\n{"prompt": "x"}')
     assert message.startswith("line 1: ")
     assert "more" not in message
 

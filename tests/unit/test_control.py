@@ -1,0 +1,216 @@
+"""Messages, accounts, dispatch and feed, without MPI."""
+
+import json
+import time
+from collections import deque
+
+import numpy as np
+import pytest
+import torch
+
+from mpinfer.coordinator.dispatch import Coordinator
+from mpinfer.errors import RecordError
+from mpinfer.generate.feed import RecordFeed
+from mpinfer.generate.prompts import Prompts, stop_token_ids
+from mpinfer.generate.scheduler import Scheduler, Sequence
+from mpinfer.observe.account import PHASES, Account
+from mpinfer.observe.report import Before, timing, timing_table
+from mpinfer.plan.planner import Plan
+from mpinfer.transport.control import ACCOUNT, RECORDS, RESULTS, WANT
+from mpinfer.transport.message import END, ChannelPlan, Message, SlotLayout
+
+
+class Loopback:
+    """A control plane of one process: messages are handled when somebody waits."""
+
+    def __init__(self, size=1):
+        self.size = size
+        self.sent = []
+        self._handlers = {}
+        self._queue = deque()
+
+    def on(self, kind, handler):
+        self._handlers[kind] = handler
+
+    def send(self, destination, kind, body):
+        self.sent.append((destination, kind, body))
+        self._queue.append((destination, kind, json.loads(json.dumps(body))))
+
+    def serve(self):
+        while self._queue:
+            source, kind, body = self._queue.popleft()
+            if kind in self._handlers:
+                self._handlers[kind](source, body)
+
+    def wait_until(self, done):
+        self.serve()
+        assert done()
+
+
+class Lines:
+    """Records of given lengths."""
+
+    def __init__(self, lengths):
+        self.lengths = lengths
+        self.ids = [f"r{i}" for i in range(len(lengths))]
+
+    def line(self, index):
+        return json.dumps({"token_ids": [index]}).encode()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_a_message_survives_its_slot(dtype):
+    layout = SlotLayout(ChannelPlan(0, 1, 7, header_words=9, rows=4, width=3, dtype=dtype, depth=2))
+    slot = layout.allocate()
+    payload = torch.arange(6).view(2, 3).to(dtype)
+    size = layout.encode(slot, Message(np.array([5, 6], dtype=np.int32), payload))
+    assert size <= layout.capacity_bytes
+    received = layout.decode(slot)
+    assert received.header.tolist() == [5, 6]
+    assert torch.equal(received.payload, payload)
+    assert received.payload.data_ptr() % dtype.itemsize == 0
+    layout.encode(slot, END)
+    assert layout.decode(slot).is_end
+
+
+def test_a_message_beyond_the_plan_is_refused():
+    layout = SlotLayout(ChannelPlan(0, 1, 7, header_words=2, rows=1, width=3, dtype=torch.float32, depth=2))
+    slot = layout.allocate()
+    with pytest.raises(ValueError, match="planned for 2 words and 1 rows"):
+        layout.encode(slot, Message(np.zeros(1, dtype=np.int32), torch.zeros(2, 3)))
+    with pytest.raises(ValueError, match="3 header words"):
+        layout.encode(slot, Message(np.zeros(3, dtype=np.int32)))
+
+
+def test_every_second_belongs_to_one_phase():
+    account = Account()
+    account.restart()
+    started = time.perf_counter()
+    with account.phase("compute"):
+        time.sleep(0.02)
+        with account.phase("send_wait"):
+            time.sleep(0.01)
+    time.sleep(0.01)
+    seconds = account.close()
+    assert sum(seconds.values()) == pytest.approx(time.perf_counter() - started, abs=0.005)
+    assert seconds["compute"] >= 0.02
+    assert seconds["send_wait"] >= 0.01
+    assert seconds["overhead"] >= 0.01
+    assert seconds["idle"] == 0
+
+
+def test_records_are_handed_out_once_and_by_even_shares_of_length():
+    control = Loopback(size=2)
+    lines = Lines([10, 10, 10, 30, 30, 30])
+    Coordinator(control, lines, range(6), replicas=2, keep=lambda result: None)
+    taken = []
+    for _ in range(4):
+        control.send(1, WANT, 10)
+        control.serve()
+        body = control.sent[-1][2]
+        taken.append([index for index, _, _ in body["records"]])
+    assert taken[0] == [0, 1, 2, 3]  # 60 of 120 bytes
+    assert [index for batch in taken for index in batch] == list(range(6))
+    assert body == {"records": [], "more": False}
+
+
+def test_the_coordinator_is_finished_when_results_and_accounts_are_in():
+    control, kept = Loopback(size=1), []
+    coordinator = Coordinator(control, Lines([5, 5]), [1], replicas=1, keep=kept.append)
+    control.send(0, WANT, 5)
+    control.serve()
+    assert not coordinator.finished
+    control.send(0, RESULTS, [{"index": 1}])
+    control.serve()
+    assert not coordinator.finished
+    control.send(0, ACCOUNT, {"rank": 0})
+    control.serve()
+    assert coordinator.finished
+    assert kept == [{"index": 1}]
+
+
+class Doubtful:
+    """Prepares records; refuses the odd ones."""
+
+    def sequence(self, index, id, line):
+        if index % 2:
+            raise RecordError("odd: refused; be even")
+        return Sequence(index, id, json.loads(line)["token_ids"])
+
+    def output(self, sequence):
+        return {"token_ids": sequence.new_tokens}
+
+
+def test_the_feed_keeps_the_scheduler_stocked_and_reports_bad_records():
+    control = Loopback()
+    feed = RecordFeed(control, Doubtful(), ahead=1, account=Account())
+    scheduler = Scheduler(1, 2, 8, 4, 100, set())
+    assert feed.refill(scheduler)
+    assert control.sent == [(0, WANT, 3)]  # two slots and one ahead
+    feed.refill(scheduler)
+    assert len(control.sent) == 1  # it does not ask twice
+    control.send(0, RECORDS, {"records": [[0, "a", '{"token_ids": [1]}'], [1, "b", "{}"]], "more": True})
+    feed.wait()
+    feed.refill(scheduler)
+    assert scheduler.unfinished == 1
+    assert control.sent[-2] == (
+        0,
+        RESULTS,
+        [{"index": 1, "id": "b", "error": {"type": "RecordError", "message": "odd: refused; be even"}}],
+    )
+    assert control.sent[-1] == (0, WANT, 2)
+    control.send(0, RECORDS, {"records": [], "more": False})
+    feed.wait()
+    assert not feed.refill(scheduler)
+    feed.finish([Sequence(0, "a", [1], new_tokens=[5, 6], finish_reason="length")])
+    assert control.sent[-1] == (0, RESULTS, [{"index": 0, "id": "a", "output": {"token_ids": [5, 6]}}])
+    assert feed.tokens == {"prompt_tokens": 1, "new_tokens": 2}
+
+
+def test_prompts_without_a_tokenizer(tmp_path):
+    prompts = Prompts(tmp_path, vocabulary=10, max_length=4)
+    assert prompts.sequence(3, "x", '{"token_ids": [1, 9]}').prompt == [1, 9]
+    for record, word in (
+        ({"token_ids": []}, "empty"),
+        ({"token_ids": [10]}, "vocabulary of 10"),
+        ({"token_ids": [1, 2, 3, 4]}, "has 4 tokens"),
+        ({"prompt": "hello"}, "no tokenizer"),
+    ):
+        with pytest.raises(RecordError, match=word):
+            prompts.sequence(0, "x", json.dumps(record))
+
+
+def test_stop_ids_follow_the_generation_config(tiny_llama, tmp_path):
+    _, model = tiny_llama
+    assert stop_token_ids(tmp_path, model.config) == {2}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+    assert stop_token_ids(tmp_path, model.config) == {3, 4}
+
+
+def account_of(rank, **seconds):
+    phases = {f"{phase}_s": float(seconds.get(phase, 0)) for phase in PHASES}
+    place = {"replica": 0, "stage": rank, "shard": 0}
+    figures = {"in_flight_s": 2.0 * rank, "bytes_sent": 10, "weight_bytes": 4, "peak_memory_bytes": 8}
+    return {
+        "rank": rank,
+        "host": "h",
+        "coordinates": place,
+        **phases,
+        **figures,
+        "prompt_tokens": 30 * (1 - rank),
+        "new_tokens": 10 * (1 - rank),
+    }
+
+
+def test_timing_adds_up():
+    plan = Plan(1, 2, 1, (0, 1, 2), 4, 2, ())
+    accounts = [account_of(0, compute=6, receive_wait=2, overhead=2), account_of(1, compute=3, send_wait=1, idle=4)]
+    report = timing(plan, 5, 10.0, Before(1.0, 2.0, 9.0), accounts)
+    assert report["ranks"][1]["idle_s"] == 6.0  # it ended two seconds early
+    assert report["bubble"] == pytest.approx((2 + 1 + 6) / 20)
+    assert report["overlap"] == pytest.approx(1 - 1 / 2)
+    assert report["imbalance"] == pytest.approx(6 / 4.5 - 1)
+    assert (report["records_per_s"], report["tokens_per_s"], report["all_tokens_per_s"]) == (0.5, 1.0, 4.0)
+    table = timing_table(report)
+    assert "predicted 9.00 s" in table
+    assert len(table.splitlines()) == 5

@@ -1,0 +1,161 @@
+"""Decoding in one process: any cut, any batching, the same tokens as transformers."""
+
+import itertools
+import threading
+
+import pytest
+import torch
+
+from mpinfer.generate.cache import KVCache, PackedStep
+from mpinfer.generate.ring import DecodeRing
+from mpinfer.generate.scheduler import Scheduler, Segment, Sequence
+from mpinfer.generate.stage import DecodeStage
+from mpinfer.models.decoder import DecoderSkeleton
+from mpinfer.observe.account import Account
+from mpinfer.pipeline.worker import Worker
+from mpinfer.plan.schedule import stream
+from mpinfer.transport.local import LocalChannel
+
+MAX_NEW = 6
+
+
+class Records:
+    """A source that hands over all sequences at once and keeps what is finished."""
+
+    def __init__(self, sequences):
+        self._sequences, self.finished = list(sequences), {}
+
+    def refill(self, scheduler):
+        while self._sequences:
+            scheduler.add(self._sequences.pop(0))
+        return False
+
+    def wait(self):
+        raise AssertionError("there is nothing to wait for")
+
+    def finish(self, sequences):
+        self.finished.update({s.index: s for s in sequences})
+
+
+def prompts():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 128, (n,), generator=generator).tolist() for n in (1, 2, 30, 7, 17, 5, 40, 3)]
+
+
+def reference(model, prompt):
+    ids = torch.tensor([prompt])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=MAX_NEW, do_sample=False)
+    return out[0, len(prompt) :].tolist()
+
+
+def decode(directory, cuts, groups, micro_batch, step_tokens):
+    """Run the stages between `cuts` in threads that are linked by local channels; tokens by record."""
+    length = 64
+    parts = [
+        DecoderSkeleton(directory, "float32").load_part(start, stop, "cpu", lambda: None)
+        for start, stop in itertools.pairwise(cuts)
+    ]
+    channels = [LocalChannel() for _ in parts]  # channel s leads from stage s to the next, the last one back
+    source = Records(Sequence(index, index, prompt) for index, prompt in enumerate(prompts()))
+    scheduler = Scheduler(groups, micro_batch, step_tokens, MAX_NEW, length, {2})
+    inboxes = [DecodeRing(scheduler, groups, source, channels[-1]), *channels[:-1]]
+    workers = [
+        Worker(inbox, DecodeStage(part, KVCache(groups * micro_batch, length, "cpu")), channel, Account())
+        for inbox, part, channel in zip(inboxes, parts, channels, strict=True)
+    ]
+    threads = [threading.Thread(target=worker.run, args=[stream()]) for worker in workers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+    return {index: s.new_tokens for index, s in source.finished.items()}
+
+
+@pytest.mark.parametrize("cuts", [(0, 6), (0, 1, 6), (0, 3, 6), (0, 5, 6), (0, 2, 3, 6), (0, 1, 2, 3, 4, 5, 6)])
+def test_llama_cut_anywhere_equals_transformers(tiny_llama, cuts):
+    directory, model = tiny_llama
+    tokens = decode(directory, cuts, groups=len(cuts) - 1, micro_batch=2, step_tokens=16)
+    assert tokens == {index: reference(model, prompt) for index, prompt in enumerate(prompts())}
+
+
+@pytest.mark.parametrize(("groups", "micro_batch", "step_tokens"), [(1, 1, 1), (1, 8, 256), (3, 2, 5), (2, 3, 3)])
+def test_sliding_window_and_any_batching_equal_transformers(tiny_mistral, groups, micro_batch, step_tokens):
+    directory, model = tiny_mistral
+    tokens = decode(directory, (0, 2, 5), groups, micro_batch, step_tokens)
+    assert tokens == {index: reference(model, prompt) for index, prompt in enumerate(prompts())}
+
+
+def test_each_part_reads_only_its_own_tensors(tiny_llama):
+    directory, _ = tiny_llama
+    summary = DecoderSkeleton(directory, "float32").summary()
+    for start, stop in ((0, 6), (0, 3), (3, 6), (2, 4)):
+        part = DecoderSkeleton(directory, "float32").load_part(start, stop, "cpu", lambda: None)
+        assert part.read_bytes == part.weight_bytes == summary.weight_bytes_of(start, stop)
+        held = {t.data_ptr(): t.numel() * t.element_size() for t in part.parameters()}
+        assert sum(held.values()) == part.weight_bytes
+
+
+def test_summary_adds_up_to_the_model(tiny_llama):
+    directory, model = tiny_llama
+    summary = DecoderSkeleton(directory, "float32").summary()
+    assert [block.name for block in summary.blocks] == ["embed", *(f"layer.{i}" for i in range(4)), "head"]
+    assert summary.weight_bytes == sum(p.numel() * 4 for p in model.parameters())
+    assert summary.blocks[1].flops_per_token == 2 * sum(
+        p.numel() for p in model.model.layers[0].parameters() if p.dim() > 1
+    )
+
+
+def test_progress_is_called_before_every_own_layer(tiny_llama):
+    directory, _ = tiny_llama
+    calls = []
+    part = DecoderSkeleton(directory, "float32").load_part(0, 3, "cpu", lambda: calls.append(1))
+    step = PackedStep(KVCache(1, 8, "cpu"), [Segment(0, 0, 2, True)])
+    part(torch.tensor([3, 4]), step.positions, step, step.sampled)
+    assert len(calls) == 2
+
+
+def naive_attention(q, k, v, scaling, window):
+    """One sequence, one loop over queries: [tokens, heads, head_dim] each, queries being the last tokens."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    out = []
+    for i in range(len(q)):
+        position = len(k) - len(q) + i
+        first = 0 if window is None else max(0, position - window + 1)
+        scores = torch.einsum("hd,thd->ht", q[i], k[first : position + 1]) * scaling
+        out.append(torch.einsum("ht,thd->hd", scores.softmax(-1), v[first : position + 1]))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_packed_attention_equals_a_loop(window):
+    torch.manual_seed(0)
+    heads, kv_heads, dim = 6, 2, 8
+    cache = KVCache(slots=5, capacity=16, device="cpu")
+    history = {slot: [torch.empty(0, kv_heads, dim), torch.empty(0, kv_heads, dim)] for slot in range(5)}
+    steps = [
+        [Segment(0, 0, 4, True), Segment(1, 0, 7, True), Segment(3, 0, 2, False)],
+        [Segment(0, 4, 1, True), Segment(1, 7, 1, True), Segment(3, 2, 5, True), Segment(4, 0, 1, True)],
+        [Segment(1, 8, 1, True), Segment(3, 7, 1, True), Segment(4, 1, 1, True)],
+        [Segment(0, 0, 3, True)],  # the slot of a sequence that has left
+    ]
+    for segments in steps:
+        step = PackedStep(cache, segments)
+        total = sum(s.length for s in segments)
+        q = torch.randn(total, heads, dim)
+        k, v = torch.randn(total, kv_heads, dim), torch.randn(total, kv_heads, dim)
+        out = step.attend(0, q, k, v, 0.5, window)
+        row = 0
+        for s in segments:
+            rows = slice(row, row + s.length)
+            past_k, past_v = history[s.slot]
+            history[s.slot] = [torch.cat([past_k[: s.start], k[rows]]), torch.cat([past_v[: s.start], v[rows]])]
+            expected = naive_attention(q[rows], *history[s.slot], 0.5, window)
+            torch.testing.assert_close(out[rows], expected, rtol=1e-5, atol=1e-6)
+            row += s.length
+        assert step.sampled.tolist() == [
+            end - 1
+            for end, s in zip(itertools.accumulate(x.length for x in segments), segments, strict=True)
+            if s.sample
+        ]
