@@ -14,6 +14,9 @@ from torch.nn import functional
 
 from mpinfer.generate.scheduler import Segment
 
+_SHORTEST_RUN = 4  # sequences: fewer do not make up for a call
+_SIMILAR = 0.8  # of the longest sequence's length
+
 
 class KVCache:
     """Keys and values of the layers that this stage holds, for `slots` sequences of up to `capacity` tokens."""
@@ -23,9 +26,13 @@ class KVCache:
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def layer(self, index: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a layer, [slots, capacity, kv_heads, head_dim]; allocated at its first use."""
+        """Keys and values of a layer, [slots, kv_heads, capacity, head_dim]; allocated at its first use.
+
+        A head's keys lie side by side, since attention reads them one head after another.
+        """
         if index not in self._layers:
-            shape = (self.slots, self.capacity, *like.shape[1:])
+            _, kv_heads, head_dim = like.shape
+            shape = (self.slots, kv_heads, self.capacity, head_dim)
             self._layers[index] = (_zeros(shape, like.dtype, self.device), _zeros(shape, like.dtype, self.device))
         return self._layers[index]
 
@@ -43,12 +50,13 @@ class PackedStep:
         within = torch.arange(int(offsets[-1])) - torch.repeat_interleave(offsets[:-1], counts)
         positions = within + torch.repeat_interleave(starts, counts)
         self.positions = positions.to(device)  # [tokens]
-        self._rows = (positions + torch.repeat_interleave(slots, counts) * cache.capacity).to(device)  # [tokens]
+        self._slots = torch.repeat_interleave(slots, counts).to(device)  # [tokens]
         sampled = [int(end) - 1 for end, s in zip(offsets[1:], segments, strict=True) if s.sample]
         self.sampled = torch.tensor(sampled, dtype=torch.long, device=device)  # [samples]
         decoding = next((i for i, s in enumerate(segments) if s.length > 1), len(segments))
-        self._runs = _contiguous_runs(segments[:decoding])
+        self._runs = _runs(segments[:decoding])
         self._chunks = list(zip(offsets[decoding:-1].tolist(), segments[decoding:], strict=True))
+        self._places_of: dict[int, torch.Tensor] = {}
         self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
 
     def attend(
@@ -62,8 +70,9 @@ class PackedStep:
     ) -> torch.Tensor:
         """Store keys and values, then attend from every token to its own sequence. [tokens, heads, head_dim]."""
         keys, values = self._cache.layer(layer, key)
-        keys.view(-1, *key.shape[1:]).index_copy_(0, self._rows, key)
-        values.view(-1, *value.shape[1:]).index_copy_(0, self._rows, value)
+        places = self._places(key.shape[1])
+        keys.view(-1, key.shape[2]).index_copy_(0, places, key.reshape(-1, key.shape[2]))
+        values.view(-1, value.shape[2]).index_copy_(0, places, value.reshape(-1, value.shape[2]))
         output = torch.empty_like(query)
         for row, run in self._runs:
             rows = slice(row, row + len(run))
@@ -86,7 +95,7 @@ class PackedStep:
         """One token each of sequences in neighbouring slots. The heads that share a key form the query rows."""
         slots = slice(run[0].slot, run[-1].slot + 1)
         length = max(s.start for s in run) + 1
-        k, v = keys[slots, :length].transpose(1, 2), values[slots, :length].transpose(1, 2)
+        k, v = keys[slots, :, :length], values[slots, :, :length]
         q = query.unflatten(1, (k.shape[1], -1))  # [sequences, kv_heads, heads / kv_heads, head_dim]
         positions = self.positions[row : row + len(run), None, None, None]
         mask = self._mask(row, positions, length, window)
@@ -105,8 +114,8 @@ class PackedStep:
     ) -> torch.Tensor:
         """A chunk of one sequence's prompt against all of the prompt so far."""
         length = segment.start + segment.length
-        k = keys[segment.slot, :length].transpose(0, 1)[None]  # [1, kv_heads, length, head_dim]
-        v = values[segment.slot, :length].transpose(0, 1)[None]
+        k = keys[segment.slot, None, :, :length]  # [1, kv_heads, length, head_dim]
+        v = values[segment.slot, None, :, :length]
         q = query.transpose(0, 1)[None]
         whole = segment.start == 0 and (window is None or length <= window)
         mask = None if whole else self._mask(row, self.positions[row : row + segment.length, None], length, window)
@@ -114,6 +123,13 @@ class PackedStep:
             q, k, v, attn_mask=mask, is_causal=whole, scale=scaling, enable_gqa=True
         )
         return attended[0].transpose(0, 1)
+
+    def _places(self, kv_heads: int) -> torch.Tensor:
+        """Where keys and values of every token and head go, in a layer seen as rows of head_dim. [tokens * kv_heads]"""
+        if kv_heads not in self._places_of:
+            heads = self._slots[:, None] * kv_heads + torch.arange(kv_heads, device=self._slots.device)
+            self._places_of[kv_heads] = (heads * self._cache.capacity + self.positions[:, None]).flatten()
+        return self._places_of[kv_heads]
 
     def _mask(self, row: int, positions: torch.Tensor, length: int, window: int | None) -> torch.Tensor:
         """True where a token may look: itself and before, within the window. Computed once for all layers."""
@@ -134,12 +150,23 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Ten
     return torch.from_numpy(np.zeros(prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
-def _contiguous_runs(segments: Sequence[Segment]) -> list[tuple[int, list[Segment]]]:
-    """(first row, segments) of every run of neighbouring slots: a run is attended in one call, without a gather."""
+def _runs(segments: Sequence[Segment]) -> list[tuple[int, list[Segment]]]:
+    """(first row, segments) of every run that is attended in one call, without a gather.
+
+    A run is neighbouring slots of similar length: a call reads all its caches up to the longest one.
+    """
     runs: list[tuple[int, list[Segment]]] = []
     for row, segment in enumerate(segments):
-        if runs and runs[-1][1][-1].slot + 1 == segment.slot:
-            runs[-1][1].append(segment)
+        run = runs[-1][1] if runs else []
+        if run and run[-1].slot + 1 == segment.slot and not _worth_a_call(run, segment):
+            run.append(segment)
         else:
             runs.append((row, [segment]))
     return runs
+
+
+def _worth_a_call(run: Sequence[Segment], segment: Segment) -> bool:
+    """Whether padding would cost more than the overhead of another call."""
+    longest = max(s.start for s in run)
+    shorter, longer = sorted((segment.start, longest))
+    return len(run) >= _SHORTEST_RUN and shorter < _SIMILAR * longer

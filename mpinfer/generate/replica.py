@@ -48,7 +48,8 @@ class DecodeRank:
         self._max_length = min(length, skeleton.max_length)
 
         started = time.perf_counter()
-        self._part = skeleton.load_part(*plan.blocks_of(self.coordinates.stage), device, endpoint.progress)
+        blocks = plan.blocks_of(self.coordinates.stage)
+        self._part = skeleton.load_part(*blocks, device, rows=plan.micro_batch, on_layer=endpoint.progress)
         self._load_s = time.perf_counter() - started
         cache = KVCache(plan.in_flight * plan.micro_batch, self._max_length, device)
         outbox = self._outbox()
@@ -95,6 +96,7 @@ class DecodeRank:
             "bytes_received": sum(inbox.bytes_received for inbox in self._inboxes)
             + self._endpoint.control_bytes_received,
             "weight_bytes": self._part.weight_bytes,
+            "linear_kernels": self._part.kernels,
             "read_bytes": self._part.read_bytes,
             "read_s": self._load_s,
         }

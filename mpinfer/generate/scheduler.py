@@ -6,7 +6,7 @@ of every decoding sequence of its group and fills the rest of its token budget w
 that a long prompt does not hold up the others (chunked prefill, after Sarathi-Serve).
 """
 
-from collections import deque
+from bisect import insort
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
@@ -67,7 +67,7 @@ class Scheduler:
         self._step_tokens = step_tokens
         self._max_new_tokens, self._max_length = max_new_tokens, max_length
         self._stop_ids = frozenset(stop_ids)
-        self._waiting: deque[Sequence] = deque()
+        self._waiting: list[Sequence] = []  # shortest prompt first: the end is admitted next
         self._live = 0
 
     @property
@@ -79,7 +79,7 @@ class Scheduler:
         return self._live + len(self._waiting)
 
     def add(self, sequence: Sequence) -> None:
-        self._waiting.append(sequence)
+        insort(self._waiting, sequence, key=lambda waiting: (len(waiting.prompt), -waiting.index))
 
     def next_step(self, group_index: int) -> Step | None:
         """The next step of a group that has none in flight, or None when it has nothing to do."""
@@ -126,11 +126,15 @@ class Scheduler:
         return finished
 
     def _admit(self, group: _Group) -> None:
-        """Let waiting sequences in, but leave the other groups their share: a group alone cannot fill a pipeline."""
+        """Let waiting sequences in, but leave the other groups their share: a group alone cannot fill a pipeline.
+
+        Longest prompts first: the short ones fill the gaps at the end, and neighbouring slots, which attend
+        together, get similar lengths.
+        """
         share = -(-self.unfinished // len(self._groups))
         heapify(group.free_slots)
         while self._waiting and group.free_slots and len(group.live) < share:
-            sequence = self._waiting.popleft()
+            sequence = self._waiting.pop()
             sequence.slot = heappop(group.free_slots)
             group.live.append(sequence)
             self._live += 1

@@ -16,6 +16,7 @@ from torch import nn
 
 from mpinfer.errors import ModelError
 from mpinfer.models import attention
+from mpinfer.models.linear import PackedLinear, pack_linears
 from mpinfer.models.weights import Checkpoint, load_tensors
 from mpinfer.plan.block import Block, ModelSummary
 
@@ -81,11 +82,12 @@ class DecoderSkeleton:
     def layers(self) -> nn.ModuleList:
         return getattr(self.base, self._layers_name)
 
-    def load_part(self, start: int, stop: int, device: str, on_layer: Callable[[], None]) -> "DecoderPart":
+    def load_part(self, start: int, stop: int, device: str, rows: int, on_layer: Callable[[], None]) -> "DecoderPart":
         """Keep blocks [start, stop), fill them from the checkpoint and return them ready to run.
 
-        The skeleton is used up: what other ranks hold is dropped from it. `on_layer` is called before each
-        layer (the transport makes progress there).
+        The skeleton is used up: what other ranks hold is dropped from it. `rows` is the typical number of
+        tokens in a step, for which linear layers are tuned. `on_layer` is called before each layer (the
+        transport makes progress there).
         """
         head = len(self.layers) + 1
         first, last = start == 0, stop == head + 1
@@ -104,8 +106,9 @@ class DecoderSkeleton:
             _assign(self.model, name, wanted[source])
         read_bytes = load_tensors(self.checkpoint, wanted)
         self.model.to(device)  # the buffers that are computed, not loaded
-        weight_bytes = sum(t.numel() * t.element_size() for t in wanted.values())
-        return DecoderPart(self.model, entry, first, last, read_bytes, weight_bytes)
+        del wanted
+        kernels = pack_linears(self.model, rows)
+        return DecoderPart(self.model, entry, first, last, read_bytes, kernels)
 
     def _drop_others(self, start: int, stop: int) -> None:
         """Put place-holders without weights where the modules of other ranks stand."""
@@ -150,13 +153,20 @@ class DecoderPart(nn.Module):
     """Consecutive blocks of a decoder, with weights."""
 
     def __init__(
-        self, model: Any, entry: "_Entry | None", first: bool, last: bool, read_bytes: int, weight_bytes: int
+        self, model: Any, entry: "_Entry | None", first: bool, last: bool, read_bytes: int, kernels: dict[str, int]
     ) -> None:
         super().__init__()
         self.model = model
         self._entry = entry
         self.first, self.last = first, last
-        self.read_bytes, self.weight_bytes = read_bytes, weight_bytes
+        self.read_bytes = read_bytes
+        self.kernels = kernels  # linear layers by the kernel they use
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that this part holds; a tied tensor that is also held packed counts twice."""
+        plain = {id(t): t.nbytes for _, t in _named_tensors(self.model)}
+        return sum(plain.values()) + sum(m.weight_bytes for m in self.model.modules() if isinstance(m, PackedLinear))
 
     @torch.inference_mode()
     def forward(
