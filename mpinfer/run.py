@@ -151,7 +151,8 @@ def _run(world: World, job: str, overrides: list[str], output: str | None, resum
     loading = time.perf_counter()
     rank = everywhere(world.endpoint, lambda: _build_rank(world, spec, plan, skeleton))
     load_s = time.perf_counter() - loading
-    times = [StepTimes(*pair) for pair in world.endpoint.all_gather(astuple(rank.step_times()))]
+    own_times = everywhere(world.endpoint, rank.step_times)
+    times = [StepTimes(*pair) for pair in world.endpoint.all_gather(astuple(own_times))]
     if files is not None:
         left = work.part((len(files.records) - len(files.journal.done)) / len(files.records))
         predicted_s = predict_wall_s(plan, left, spec.generate.step_tokens, times)

@@ -66,7 +66,8 @@ class PackedStep:
         key: torch.Tensor,  # [tokens, kv_heads, head_dim]
         value: torch.Tensor,  # [tokens, kv_heads, head_dim]
         scaling: float,
-        sliding_window: int | None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         """Store keys and values, then attend from every token to its own sequence. [tokens, heads, head_dim]."""
         keys, values = self._cache.layer(layer, key)
@@ -75,54 +76,23 @@ class PackedStep:
         values.view(-1, value.shape[2]).index_copy_(0, places, value.reshape(-1, value.shape[2]))
         output = torch.empty_like(query)
         for row, run in self._runs:
+            # One token each of sequences in neighbouring slots. The heads that share a key form the query rows.
             rows = slice(row, row + len(run))
-            output[rows] = self._decode(query[rows], keys, values, row, run, scaling, sliding_window)
+            slots, length = slice(run[0].slot, run[-1].slot + 1), max(s.start for s in run) + 1
+            k, v = keys[slots, :, :length], values[slots, :, :length]  # [sequences, kv_heads, length, head_dim]
+            q = query[rows].unflatten(1, (k.shape[1], -1))  # [sequences, kv_heads, heads / kv_heads, head_dim]
+            past = self._mask(row, self.positions[rows, None, None, None], length, sliding_window)
+            output[rows] = _attention(q, k, v, past, scaling, softcap).flatten(1, 2)
         for row, segment in self._chunks:
+            # A chunk of one sequence's prompt against all of the prompt so far.
             rows = slice(row, row + segment.length)
-            output[rows] = self._prefill(query[rows], keys, values, row, segment, scaling, sliding_window)
+            slot, length = segment.slot, segment.start + segment.length
+            k, v = keys[slot, None, :, :length], values[slot, None, :, :length]  # [1, kv_heads, length, head_dim]
+            q = query[rows].transpose(0, 1)[None]
+            whole = segment.start == 0 and (sliding_window is None or length <= sliding_window)
+            mask = None if whole else self._mask(row, self.positions[rows, None], length, sliding_window)
+            output[rows] = _attention(q, k, v, mask, scaling, softcap)[0].transpose(0, 1)
         return output
-
-    def _decode(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        row: int,
-        run: Sequence[Segment],
-        scaling: float,
-        window: int | None,
-    ) -> torch.Tensor:
-        """One token each of sequences in neighbouring slots. The heads that share a key form the query rows."""
-        slots = slice(run[0].slot, run[-1].slot + 1)
-        length = max(s.start for s in run) + 1
-        k, v = keys[slots, :, :length], values[slots, :, :length]
-        q = query.unflatten(1, (k.shape[1], -1))  # [sequences, kv_heads, heads / kv_heads, head_dim]
-        positions = self.positions[row : row + len(run), None, None, None]
-        mask = self._mask(row, positions, length, window)
-        attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
-        return attended.flatten(1, 2)
-
-    def _prefill(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        row: int,
-        segment: Segment,
-        scaling: float,
-        window: int | None,
-    ) -> torch.Tensor:
-        """A chunk of one sequence's prompt against all of the prompt so far."""
-        length = segment.start + segment.length
-        k = keys[segment.slot, None, :, :length]  # [1, kv_heads, length, head_dim]
-        v = values[segment.slot, None, :, :length]
-        q = query.transpose(0, 1)[None]
-        whole = segment.start == 0 and (window is None or length <= window)
-        mask = None if whole else self._mask(row, self.positions[row : row + segment.length, None], length, window)
-        attended = functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=whole, scale=scaling, enable_gqa=True
-        )
-        return attended[0].transpose(0, 1)
 
     def _places(self, kv_heads: int) -> torch.Tensor:
         """Where keys and values of every token and head go, in a layer seen as rows of head_dim. [tokens * kv_heads]"""
@@ -148,6 +118,27 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Ten
     if device != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
+
+
+def _attention(
+    query: torch.Tensor,  # [sequences, heads, rows, head_dim]
+    key: torch.Tensor,  # [sequences, kv_heads, length, head_dim]
+    value: torch.Tensor,
+    mask: torch.Tensor | None,  # true where a row may look; None: causal, the last row sees everything
+    scaling: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    grouped = query.shape[1] != key.shape[1]
+    if softcap is None:
+        return functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+        )
+    if grouped:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scaling / softcap))
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    return scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32).to(value.dtype) @ value
 
 
 def _runs(segments: Sequence[Segment]) -> list[tuple[int, list[Segment]]]:

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import torch
 
+from mpinfer.errors import ModelError
+
 IMPLEMENTATION = "mpinfer_packed"
 
 
@@ -23,7 +25,12 @@ class PackedAttention(Protocol):
         value: torch.Tensor,  # [tokens, kv_heads, head_dim]
         scaling: float,
         sliding_window: int | None,
+        softcap: float | None,
     ) -> torch.Tensor: ...  # [tokens, heads, head_dim]
+
+
+# Arguments that change what attention computes. The rest (position_ids, use_cache, ...) are for other back ends.
+_UNSUPPORTED = ("position_bias", "s_aux", "head_mask")
 
 
 def _attend(
@@ -35,24 +42,21 @@ def _attend(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     packed: PackedAttention | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    unknown = sorted(name for name, value in others.items() if value is not None and name in _REFUSED)
-    if unknown:
-        raise NotImplementedError(f"attention argument {unknown[0]!r} of {type(module).__name__} is not supported")
+    """What a layer calls. Raises `ModelError` for attention of a kind that would be computed wrong."""
+    kind = type(module).__name__
+    if unsupported := [name for name in _UNSUPPORTED if others.get(name) is not None]:
+        raise ModelError(f"{kind}: attention with {unsupported[0]!r} is not built; use another model family")
     if packed is None or attention_mask is not None:
-        raise NotImplementedError(f"{type(module).__name__} does not pass on what packed attention needs")
+        raise ModelError(f"{kind}: keeps back what packed attention needs; use another model family")
     scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
     layer: int = module.layer_idx  # type: ignore[assignment]
-    output = packed.attend(
-        layer, query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), scaling, sliding_window
-    )
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    output = packed.attend(layer, query, key, value, scaling, sliding_window, softcap)
     return output.unsqueeze(0), None  # [1, tokens, heads, head_dim]
-
-
-# Arguments that change what attention computes. The rest (position_ids, use_cache, ...) are for other back ends.
-_REFUSED = ("softcap", "position_bias", "s_aux", "head_mask")
 
 
 def register() -> str:

@@ -64,7 +64,7 @@ def decode(directory, cuts, groups, micro_batch, step_tokens):
         Worker(inbox, DecodeStage(part, KVCache(groups * micro_batch, length, "cpu")), channel, Account())
         for inbox, part, channel in zip(inboxes, parts, channels, strict=True)
     ]
-    threads = [threading.Thread(target=worker.run, args=[stream()]) for worker in workers]
+    threads = [threading.Thread(target=worker.run, args=[stream()], daemon=True) for worker in workers]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -1,0 +1,75 @@
+"""The documents keep up with the code: every key of the job file, every link."""
+
+import dataclasses
+import re
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+
+from mpinfer.spec import JobSpec, load_spec
+
+REPO = Path(__file__).parents[2]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/design.md", "docs/job-file.md"]
+
+
+def keys() -> Iterator[tuple[str, Any, Any]]:
+    """Key, type and default of everything that a job file can hold."""
+    for section, cls in typing.get_type_hints(JobSpec).items():
+        hints = typing.get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            yield f"{section}.{field.name}", hints[field.name], field.default
+
+
+def rows() -> dict[str, tuple[str, str]]:
+    """Type and default of each key in docs/job-file.md."""
+    text = (REPO / "docs" / "job-file.md").read_text(encoding="utf-8")
+    found = re.findall(r"^\| `([\w.]+)` \| (.+?) \| (.+?) \| .+ \|$", text, re.MULTILINE)
+    assert len({key for key, _, _ in found}) == len(found)
+    return {key: (kind, default) for key, kind, default in found}
+
+
+def choices(hint: Any) -> Iterator[Any]:
+    """The values that a type lists."""
+    for option in typing.get_args(hint):
+        if typing.get_origin(hint) is Literal:
+            yield option
+        else:
+            yield from choices(option)
+
+
+def test_the_job_file_document_has_the_keys_of_the_spec() -> None:
+    assert list(rows()) == [key for key, _, _ in keys()]
+
+
+@pytest.mark.parametrize(("key", "hint", "default"), list(keys()), ids=[key for key, _, _ in keys()])
+def test_the_job_file_document_has_defaults_and_choices(key: str, hint: Any, default: Any) -> None:
+    kind, shown = rows()[key]
+    assert shown == "required" if default is dataclasses.MISSING else yaml.safe_load(shown.strip("`")) == default
+    assert [choice for choice in choices(hint) if f"`{choice}`" not in kind] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document: str) -> None:
+    path = REPO / document
+    targets = re.findall(r"\]\(([^)#]+)", path.read_text(encoding="utf-8"))
+    broken = [target for target in targets if "://" not in target and not (path.parent / target).exists()]
+    assert not broken
+
+
+def test_readme_names_files_that_exist() -> None:
+    """Its paths in code are of this repository, of the quickstart's outputs, or of its environment."""
+    named = re.findall(
+        r"(?:launch|jobs|docs|tests|mpinfer)/[\w./-]+\.(?:sh|yaml|jsonl|md|py|txt)",
+        (REPO / "README.md").read_text(encoding="utf-8"),
+    )
+    assert named
+    assert not [path for path in named if not (REPO / path).exists()]
+
+
+@pytest.mark.parametrize("job", sorted((REPO / "jobs").glob("*.yaml")), ids=lambda path: path.name)
+def test_jobs_are_valid_and_their_input_is_there(job: Path) -> None:
+    assert (REPO / load_spec(job).input.path).is_file()
