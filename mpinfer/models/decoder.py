@@ -17,9 +17,20 @@ from torch import nn
 from mpinfer.errors import ModelError
 from mpinfer.models import attention
 from mpinfer.models.linear import PackedLinear, pack_linears
-from mpinfer.models.weights import Checkpoint, load_tensors
+from mpinfer.models.sources import computed_buffers, find_sources
+from mpinfer.models.weights import Checkpoint
 from mpinfer.plan.block import Block, ModelSummary
 
+# Pipeline plans of families for which transformers has none: modules of the base model before its layers, the
+# layers, modules after them, in the order in which its forward calls them.
+_PLANS = {
+    "gpt2": (["wte", "wpe"], "h", ["ln_f"]),
+    "opt": (
+        ["decoder.embed_tokens", "decoder.project_in", "decoder.embed_positions"],
+        "decoder.layers",
+        ["decoder.final_layer_norm", "decoder.project_out"],
+    ),
+}
 # Rotary scalings that look at the longest sequence of a batch: in a packed batch one sequence would change another.
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
@@ -39,8 +50,7 @@ class DecoderSkeleton:
         self.model = _build_without_weights(self.config, self.dtype)
         self.base = self.model.base_model
         self._before, self._layers_name, self._after = _pipeline_plan(self.base, self.config)
-        self._names = self._checkpoint_names()
-        self.checkpoint.check_names(self._names.values(), ignorable=self._tied_aliases())
+        self._sources = find_sources(self.model, [name for name, _ in _named_tensors(self.model)], self.checkpoint)
 
     def summary(self) -> ModelSummary:
         """Blocks with their weights and costs, for the planner."""
@@ -80,7 +90,7 @@ class DecoderSkeleton:
 
     @property
     def layers(self) -> nn.ModuleList:
-        return getattr(self.base, self._layers_name)
+        return self.base.get_submodule(self._layers_name)
 
     def load_part(self, start: int, stop: int, device: str, rows: int, on_layer: Callable[[], None]) -> "DecoderPart":
         """Keep blocks [start, stop), fill them from the checkpoint and return them ready to run.
@@ -94,19 +104,20 @@ class DecoderSkeleton:
         own_layers = [layer for block, layer in enumerate(self.layers, start=1) if start <= block < stop]
         for layer in own_layers:
             layer.register_forward_pre_hook(lambda *_: on_layer())
-        entry = None if first else _Entry(own_layers[0] if own_layers else getattr(self.base, self._after[0]))
+        entry = None if first else _Entry(own_layers[0] if own_layers else self.base.get_submodule(self._after[0]))
         self._drop_others(start, stop)
-        wanted: dict[str, torch.Tensor] = {}
+        filled: dict[tuple[str, ...], torch.Tensor] = {}  # by stored names: tied tensors of a part share memory
+        read_bytes = 0
         for name, tensor in list(_named_tensors(self.model)):
-            source = self._names[name]
-            if source not in wanted:
-                filled = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-                is_parameter = isinstance(tensor, nn.Parameter)
-                wanted[source] = nn.Parameter(filled, requires_grad=False) if is_parameter else filled
-            _assign(self.model, name, wanted[source])
-        read_bytes = load_tensors(self.checkpoint, wanted)
+            source = self._sources[name]
+            key = tuple(source.names)
+            if key not in filled:
+                empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                filled[key] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+                read_bytes += source.load(self.checkpoint, filled[key])
+            _assign(self.model, name, filled[key])
         self.model.to(device)  # the buffers that are computed, not loaded
-        del wanted
+        del filled
         kernels = pack_linears(self.model, rows)
         return DecoderPart(self.model, entry, first, last, read_bytes, kernels)
 
@@ -115,38 +126,24 @@ class DecoderSkeleton:
         head = len(self.layers) + 1
         if start > 0:
             for name in self._before:
-                setattr(self.base, name, _NoEmbedding(self.hidden_size, self.dtype))
+                self.base.set_submodule(name, _NoEmbedding(self.dtype))
         for index in range(len(self.layers)):
             if not start <= index + 1 < stop:
                 self.layers[index] = _Bypass()
         if stop <= head:
             for name in self._after:
-                setattr(self.base, name, _Bypass())
+                self.base.set_submodule(name, _Bypass())
             self.model.set_output_embeddings(nn.Identity())
 
-    def _checkpoint_names(self) -> dict[str, str]:
-        """Model tensor name -> name in the checkpoint; a tied tensor is stored once, under either name."""
-        tied = _tied_names(self.model)
-        names = {}
-        for name, _ in _named_tensors(self.model):
-            source = tied.get(name, name)
-            names[name] = name if source not in self.checkpoint.tensors and name in self.checkpoint.tensors else source
-        return names
-
-    def _tied_aliases(self) -> set[str]:
-        tied = _tied_names(self.model)
-        return set(tied) | set(tied.values()) | set(_regenerated_buffers(self.model))
-
     def _weights(self, module: nn.Module) -> tuple[tuple[str, int], ...]:
-        """(checkpoint name, bytes) of a module's tensors."""
+        """(name, bytes) of a module's tensors; tied ones have one name, whichever module they are seen from."""
         own = {id(t) for _, t in _named_tensors(module)}
-        found = {
-            self._names[name]: t.numel() * t.element_size() for name, t in _named_tensors(self.model) if id(t) in own
-        }
-        return tuple(found.items())
+        return tuple(
+            {self._sources[n].names[0]: t.nbytes for n, t in _named_tensors(self.model) if id(t) in own}.items()
+        )
 
     def _weights_of(self, names: list[str], parent: nn.Module) -> tuple[tuple[str, int], ...]:
-        return tuple(pair for name in names for pair in self._weights(getattr(parent, name)))
+        return tuple(pair for name in names for pair in self._weights(parent.get_submodule(name)))
 
 
 class DecoderPart(nn.Module):
@@ -210,17 +207,16 @@ class _Bypass(nn.Module):
 
 
 class _NoEmbedding(nn.Module):
-    """An embedding that another rank holds; what it returns is replaced by the received activation."""
+    """An embedding that another rank holds: adds nothing to the received activation."""
 
     zero: torch.Tensor
 
-    def __init__(self, hidden_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.register_buffer("zero", torch.zeros(1, dtype=dtype), persistent=False)
-        self.hidden_size = hidden_size
 
-    def forward(self, ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return self.zero.expand(*ids.shape, self.hidden_size)
+    def forward(self, *_: Any, **__: Any) -> torch.Tensor:
+        return self.zero
 
 
 def _load_config(directory: Path) -> Any:
@@ -282,34 +278,28 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def _pipeline_plan(base: nn.Module, config: Any) -> tuple[list[str], str, list[str]]:
-    """Names of the base model's children before its layers, the layers, and after: its own pipeline plan."""
+    """Names of the base model's modules before its layers, of its layers, and of those after them."""
+    modules = dict(base.named_modules())
     plan = list(config.get_text_config().base_model_pp_plan or ())
-    layers = [name for name in plan if isinstance(getattr(base, name, None), nn.ModuleList)]
-    if len(layers) != 1:
+    layers = [name for name in plan if isinstance(modules.get(name), nn.ModuleList)]
+    if len(layers) == 1:
+        cut = plan.index(layers[0])
+        before, own_layers, after = plan[:cut], layers[0], plan[cut + 1 :]
+    elif config.model_type in _PLANS:
+        before, own_layers, after = _PLANS[config.model_type]
+    else:
         raise ModelError(
             f"model_type={config.model_type!r}: transformers has no pipeline plan for it, so it cannot be cut safely; "
-            f"use a family that has one (Llama, Mistral, Qwen2, Qwen3, Gemma, Phi, OLMo2, ...)"
+            f"use a family that has one (Llama, Mistral, Qwen2, Qwen3, Gemma, Phi, OLMo2, ...), GPT-2 or OPT"
         )
-    cut = plan.index(layers[0])
-    return plan[:cut], layers[0], plan[cut + 1 :]
+    return [name for name in before if name in modules], own_layers, [name for name in after if name in modules]
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of a module that a checkpoint stores, tied ones under each of their names."""
     yield from module.named_parameters(remove_duplicate=False)
-    transient = set(_regenerated_buffers(module))
+    transient = set(computed_buffers(module))
     yield from ((n, b) for n, b in module.named_buffers(remove_duplicate=False) if n not in transient)
-
-
-def _regenerated_buffers(module: nn.Module) -> Iterator[str]:
-    """Buffers that the constructor computes and no checkpoint needs to hold."""
-    for prefix, child in module.named_modules():
-        for name in child._non_persistent_buffers_set:
-            yield f"{prefix}.{name}" if prefix else name
-
-
-def _tied_names(model: Any) -> dict[str, str]:
-    return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
 def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:

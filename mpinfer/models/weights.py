@@ -6,7 +6,6 @@ alone, so a missing shard or a truncated file is found before any weight is read
 
 import json
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -49,20 +48,6 @@ class Checkpoint:
         for file in _weight_files(directory):
             for name, tensor in _read_header(file).items():
                 self.tensors[name] = tensor
-
-    def check_names(self, expected: Iterable[str], ignorable: Iterable[str] = ()) -> None:
-        """Fail when a tensor that the model needs is missing, or one that it does not know is left over."""
-        expected, ignorable = set(expected), set(ignorable)
-        if missing := sorted(expected - self.tensors.keys()):
-            raise ModelError(
-                f"{self.directory}: tensor {missing[0]!r}{_more(missing)} is missing from the safetensors files; "
-                f"fetch or convert the model again"
-            )
-        if unknown := sorted(self.tensors.keys() - expected - ignorable):
-            raise ModelError(
-                f"{self.directory}: tensor {unknown[0]!r}{_more(unknown)} belongs to no part of the architecture in "
-                f"config.json; check that config.json and the weights are of the same model"
-            )
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -116,42 +101,33 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _more(names: list[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+def read_into(checkpoint: Checkpoint, name: str, target: torch.Tensor) -> int:
+    """Fill `target` with a stored tensor, converted to its dtype; returns the bytes read.
 
-
-def load_tensors(checkpoint: Checkpoint, wanted: dict[str, torch.Tensor]) -> int:
-    """Fill the tensors of `wanted` (checkpoint name -> tensor to fill) one by one; returns the bytes read.
-
-    Each tensor is read straight into memory of its own, not through a mapping of the file: the peak is the
-    partition plus one tensor, and a file that changes under a running job cannot change its weights.
-    Raises `ModelError` when a shape disagrees with the architecture.
+    Read straight into memory of its own, not through a mapping of the file: the peak is the partition plus one
+    tensor, and a file that changes under a running job cannot change its weights. Raises `ModelError` when the
+    shape disagrees with the architecture or the file ends early.
     """
-    read_bytes = 0
-    for name, target in wanted.items():
-        stored = checkpoint.tensors[name]
-        if stored.shape != tuple(target.shape):
-            raise ModelError(
-                f"{stored.file}: tensor {name!r} has shape {list(stored.shape)}, config.json asks for "
-                f"{list(target.shape)}; check that they are of the same model"
-            )
-        dtype = _DTYPES.get(stored.dtype)
-        if dtype is None or stored.size_bytes != prod(stored.shape) * dtype.itemsize:
-            raise ModelError(
-                f"{stored.file}: tensor {name!r} of dtype {stored.dtype} cannot be read; convert the model"
-            )
-        direct = target.dtype == dtype and target.device.type == "cpu"
-        buffer = target.data if direct else torch.empty(stored.shape, dtype=dtype)
-        view = memoryview(buffer.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-        with open(stored.file, "rb", buffering=0) as stream:
-            stream.seek(stored.offset)
-            done = 0
-            while done < stored.size_bytes:
-                count = stream.readinto(view[done:])
-                if not count:
-                    raise ModelError(f"{stored.file}: ended inside tensor {name!r}; fetch or convert the model again")
-                done += count
-        if not direct:
-            target.data.copy_(buffer)
-        read_bytes += stored.size_bytes
-    return read_bytes
+    stored = checkpoint.tensors[name]
+    if stored.shape != tuple(target.shape):
+        raise ModelError(
+            f"{stored.file}: tensor {name!r} has shape {list(stored.shape)}, config.json asks for "
+            f"{list(target.shape)}; check that they are of the same model"
+        )
+    dtype = _DTYPES.get(stored.dtype)
+    if dtype is None or stored.size_bytes != prod(stored.shape) * dtype.itemsize:
+        raise ModelError(f"{stored.file}: tensor {name!r} of dtype {stored.dtype} cannot be read; convert the model")
+    direct = target.dtype == dtype and target.device.type == "cpu"
+    buffer = target.data if direct else torch.empty(stored.shape, dtype=dtype)
+    view = memoryview(buffer.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    with open(stored.file, "rb", buffering=0) as stream:
+        stream.seek(stored.offset)
+        done = 0
+        while done < stored.size_bytes:
+            count = stream.readinto(view[done:])
+            if not count:
+                raise ModelError(f"{stored.file}: ended inside tensor {name!r}; fetch or convert the model again")
+            done += count
+    if not direct:
+        target.data.copy_(buffer)
+    return stored.size_bytes

@@ -18,6 +18,12 @@ def _save(directory, config, shard_size="50KB"):
 
 
 @pytest.fixture(scope="session")
+def save_random():
+    """Save a random model of a config to a directory; returns the model."""
+    return _save
+
+
+@pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory):
     """(directory, transformers model) of a Llama with uneven heads, tied embeddings and several shards."""
     from transformers import LlamaConfig
