@@ -7,8 +7,8 @@ becomes resident memory on a CPU. Nothing is copied as a sequence grows.
 from collections.abc import Sequence
 from itertools import accumulate
 from math import prod
+from mmap import MADV_NOHUGEPAGE, mmap
 
-import numpy as np
 import torch
 from torch.nn import functional
 
@@ -113,11 +113,14 @@ class PackedStep:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
-    """Zeros, because what is masked is still multiplied by 0 and must be finite. On a CPU not by writing them:
-    numpy asks the kernel for zero pages, which take no memory until they are used."""
+    """Zeros, because what is masked is still multiplied by 0 and must be finite. On a CPU they are the kernel's
+    own zero pages, which take memory only once they are written; not huge ones, of which a few tokens in every
+    slot would take all."""
     if device != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
+    pages = mmap(-1, prod(shape) * dtype.itemsize)
+    pages.madvise(MADV_NOHUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def _attention(

@@ -7,6 +7,7 @@ comes from the model's own pipeline plan.
 """
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import nn
 
 from mpinfer.errors import ModelError
 from mpinfer.models import attention
-from mpinfer.models.linear import PackedLinear, pack_linears
+from mpinfer.models.linear import LayerTuner, packed_bytes
 from mpinfer.models.sources import computed_buffers, find_sources
 from mpinfer.models.weights import Checkpoint
 from mpinfer.plan.block import Block, ModelSummary
@@ -106,20 +107,34 @@ class DecoderSkeleton:
             layer.register_forward_pre_hook(lambda *_: on_layer())
         entry = None if first else _Entry(own_layers[0] if own_layers else self.base.get_submodule(self._after[0]))
         self._drop_others(start, stop)
-        filled: dict[tuple[str, ...], torch.Tensor] = {}  # by stored names: tied tensors of a part share memory
-        read_bytes = 0
-        for name, tensor in list(_named_tensors(self.model)):
-            source = self._sources[name]
-            key = tuple(source.names)
-            if key not in filled:
-                empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-                filled[key] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-                read_bytes += source.load(self.checkpoint, filled[key])
-            _assign(self.model, name, filled[key])
+        tuner = LayerTuner(rows)
+        read_bytes = self._fill(device, tuner)
         self.model.to(device)  # the buffers that are computed, not loaded
-        del filled
-        kernels = pack_linears(self.model, rows)
-        return DecoderPart(self.model, entry, first, last, read_bytes, kernels)
+        return DecoderPart(self.model, entry, first, last, read_bytes, dict(tuner.kernels))
+
+    def _fill(self, device: str, tuner: LayerTuner) -> int:
+        """Load and tune one module after the other, so that no two are in memory in both forms; bytes read."""
+        uses = Counter(tuple(self._sources[name].names) for name, _ in _named_tensors(self.model))
+        shared: dict[tuple[str, ...], torch.Tensor] = {}  # by stored names: tied tensors of a part share memory
+        read_bytes = 0
+        for path in [path for path, _ in self.model.named_modules()]:  # names only: a list would keep what is replaced
+            module = self.model.get_submodule(path)
+            for leaf, tensor in list(_named_tensors(module, recurse=False)):
+                source = self._sources[f"{path}.{leaf}".lstrip(".")]
+                key = tuple(source.names)
+                filled = shared.get(key)
+                if filled is None:
+                    filled = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                    read_bytes += source.load(self.checkpoint, filled)
+                    if isinstance(tensor, nn.Parameter):
+                        filled = nn.Parameter(filled, requires_grad=False)
+                if uses[key] > 1:
+                    shared[key] = filled
+                (module._parameters if isinstance(tensor, nn.Parameter) else module._buffers)[leaf] = filled
+            tuned = tuner.tune(module)
+            if tuned is not module:
+                self.model.set_submodule(path, tuned)
+        return read_bytes
 
     def _drop_others(self, start: int, stop: int) -> None:
         """Put place-holders without weights where the modules of other ranks stand."""
@@ -136,11 +151,10 @@ class DecoderSkeleton:
             self.model.set_output_embeddings(nn.Identity())
 
     def _weights(self, module: nn.Module) -> tuple[tuple[str, int], ...]:
-        """(name, bytes) of a module's tensors; tied ones have one name, whichever module they are seen from."""
+        """(name, bytes held) of a module's tensors; tied ones have one name, whichever module they are seen from."""
         own = {id(t) for _, t in _named_tensors(module)}
-        return tuple(
-            {self._sources[n].names[0]: t.nbytes for n, t in _named_tensors(self.model) if id(t) in own}.items()
-        )
+        sizes = {self._sources[n].names[0]: t.nbytes for n, t in _named_tensors(self.model) if id(t) in own}
+        return tuple(sizes.items())
 
     def _weights_of(self, names: list[str], parent: nn.Module) -> tuple[tuple[str, int], ...]:
         return tuple(pair for name in names for pair in self._weights(parent.get_submodule(name)))
@@ -163,7 +177,7 @@ class DecoderPart(nn.Module):
     def weight_bytes(self) -> int:
         """Bytes of weights that this part holds; a tied tensor that is also held packed counts twice."""
         plain = {id(t): t.nbytes for _, t in _named_tensors(self.model)}
-        return sum(plain.values()) + sum(m.weight_bytes for m in self.model.modules() if isinstance(m, PackedLinear))
+        return sum(plain.values()) + packed_bytes(self.model)
 
     @torch.inference_mode()
     def forward(
@@ -295,17 +309,8 @@ def _pipeline_plan(base: nn.Module, config: Any) -> tuple[list[str], str, list[s
     return [name for name in before if name in modules], own_layers, [name for name in after if name in modules]
 
 
-def _named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def _named_tensors(module: nn.Module, recurse: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of a module that a checkpoint stores, tied ones under each of their names."""
-    yield from module.named_parameters(remove_duplicate=False)
-    transient = set(computed_buffers(module))
-    yield from ((n, b) for n, b in module.named_buffers(remove_duplicate=False) if n not in transient)
-
-
-def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(path)
-    if isinstance(tensor, nn.Parameter):
-        owner._parameters[leaf] = tensor
-    else:
-        owner._buffers[leaf] = tensor
+    yield from module.named_parameters(recurse=recurse, remove_duplicate=False)
+    computed = set(computed_buffers(module))
+    yield from ((n, b) for n, b in module.named_buffers(recurse=recurse, remove_duplicate=False) if n not in computed)

@@ -1,7 +1,7 @@
-"""Linear layers in the layout that this CPU multiplies fastest.
+"""Linear layers in the form that this CPU computes fastest.
 
 A general GEMM reorders its operands at every call. oneDNN can keep a weight reordered instead, which pays most
-where a step has few rows. Whether it pays here is measured, shape by shape, when a part is loaded.
+where a step has few rows. Whether it pays here is measured, shape by shape, as layers are loaded.
 """
 
 import time
@@ -15,42 +15,47 @@ _WORTH = 1.05  # a packed weight must be this much faster to be taken: below it,
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weight only oneDNN can read."""
+    """A float32 linear layer whose weight only oneDNN can read."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
-        self.weight_bytes = weight.nbytes
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-        self.bias = bias
+        self.weight_bytes = layer.weight.nbytes
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), None)
+        self.bias = layer.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
 
 
-@torch.inference_mode()
-def pack_linears(model: nn.Module, rows: int) -> dict[str, int]:
-    """Replace linear layers by packed ones where that is faster for inputs of `rows` rows.
+class LayerTuner:
+    """Replaces linear layers as they are loaded. `kernels` counts them by the kernel they got."""
 
-    Returns how many layers use which kernel, `onednn` or `torch`. One weight at a time is held twice.
-    """
-    faster: dict[tuple[torch.Size, torch.dtype], bool] = {}
-    kernels: Counter[str] = Counter()
-    for name, layer in list(model.named_modules()):
+    def __init__(self, rows: int) -> None:
+        self._rows = rows  # of a typical input
+        self._packing_pays: dict[torch.Size, bool] = {}
+        self.kernels: Counter[str] = Counter()
+
+    @torch.inference_mode()
+    def tune(self, layer: nn.Module) -> nn.Module:
+        """The layer to use instead of `layer`, or `layer` itself."""
         if type(layer) is not nn.Linear:
-            continue
-        if not _can_pack(layer.weight):
-            kernels["torch"] += 1
-            continue
-        packed = PackedLinear(layer.weight, layer.bias)
-        key = (layer.weight.shape, layer.weight.dtype)
-        if key not in faster:
-            x = torch.randn(rows, layer.in_features, dtype=layer.weight.dtype)
-            faster[key] = _seconds(packed, x) * _WORTH < _seconds(layer, x)
-        if faster[key]:
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, packed)
-        kernels["onednn" if faster[key] else "torch"] += 1
-    return dict(kernels)
+            return layer
+        packed = PackedLinear(layer) if _can_pack(layer.weight) else None
+        pays = packed is not None and self._pays(packed, layer)
+        self.kernels["onednn" if pays else "torch"] += 1
+        return packed if packed is not None and pays else layer
+
+    def _pays(self, packed: PackedLinear, layer: nn.Linear) -> bool:
+        shape = layer.weight.shape
+        if shape not in self._packing_pays:
+            x = torch.randn(self._rows, layer.in_features)
+            self._packing_pays[shape] = _seconds(packed, x) * _WORTH < _seconds(layer, x)
+        return self._packing_pays[shape]
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """Bytes of the weights that packed layers of a model hold beside its parameters."""
+    return sum(module.weight_bytes for module in model.modules() if isinstance(module, PackedLinear))
 
 
 def _can_pack(weight: torch.Tensor) -> bool:

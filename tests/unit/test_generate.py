@@ -99,7 +99,7 @@ def test_each_part_reads_only_its_own_tensors(tiny_llama):
 def test_packed_linear_layers_compute_the_same():
     torch.manual_seed(0)
     layer = torch.nn.Linear(24, 40)
-    packed = PackedLinear(layer.weight, layer.bias)
+    packed = PackedLinear(layer)
     for rows in (1, 5, 64):
         x = torch.randn(1, rows, 24)
         torch.testing.assert_close(packed(x), layer(x))
