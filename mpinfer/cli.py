@@ -97,7 +97,7 @@ def _launch(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from mpinfer.run import plan_job
+    from mpinfer.preview import plan_job
 
     return plan_job(arguments.job, arguments.overrides, arguments.ranks, arguments.nodes, arguments.json)
 

@@ -19,12 +19,12 @@ from mpinfer.cluster.context import LaunchContext, check_world, read_context
 from mpinfer.cluster.doctor import RankFacts, doctor_report, local_memory_bytes
 from mpinfer.coordinator.dispatch import Coordinator
 from mpinfer.coordinator.progress import Progress
-from mpinfer.errors import ExitCode, PlanError
+from mpinfer.errors import ExitCode
 from mpinfer.models.directory import check_model_directory
 from mpinfer.observe.report import Before, timing, timing_table
-from mpinfer.plan.block import Workload
 from mpinfer.plan.planner import Plan, describe, make_plan
 from mpinfer.plan.predict import StepTimes, predict_wall_s
+from mpinfer.preview import BYTES_PER_TOKEN, load_skeleton, workload
 from mpinfer.records.files import write_atomically
 from mpinfer.records.journal import Journal
 from mpinfer.records.manifest import merge
@@ -44,8 +44,6 @@ from mpinfer.version import VERSION
 if TYPE_CHECKING:  # torch loads only once the cheap checks have passed and threads are bound
     from mpinfer.generate.replica import DecodeRank
 
-BYTES_PER_TOKEN = 4.0  # of a prompt, before it is tokenized
-
 
 @dataclass
 class World:
@@ -62,6 +60,11 @@ class World:
     @property
     def is_coordinator(self) -> bool:
         return self.endpoint.rank == COORDINATOR
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether ranks outnumber the cores that they share."""
+        return self.local_size > len(self.binding.cores) > 1
 
     def say(self, text: str) -> None:
         """Log from rank 0."""
@@ -134,15 +137,17 @@ def _run(world: World, job: str, overrides: list[str], output: str | None, resum
         world.say(f"{spec.output.path}: already complete, nothing to do")
         return ExitCode(look["done"])
 
-    skeleton = everywhere(world.endpoint, lambda: _skeleton(spec))
+    if world.is_crowded:  # rank 0 alone can refuse the model; the others' imports would only slow it down
+        agree(world.endpoint, lambda: load_skeleton(spec) and None)
+    skeleton = everywhere(world.endpoint, lambda: load_skeleton(spec))
     model = skeleton.summary()
     work = workload(spec, look["records"], look["bytes"])
     memories = [m // n for m, n in world.endpoint.all_gather([local_memory_bytes(), world.local_size])]
     plan = Plan.from_dict(agree(world.endpoint, lambda: make_plan(spec.parallel, model, work, memories).to_dict()))
     world.place = str(plan.grid.coordinates(world.endpoint.rank))
     world.say(
-        f"{VERSION}, {world.endpoint.size} ranks on {world.nodes} nodes ({world.context.launcher}), "
-        f"{world.binding.threads} threads a rank ({world.binding.reason})"
+        f"{VERSION}, ranks {world.endpoint.size}, nodes {world.nodes}, launcher {world.context.launcher}, "
+        f"threads a rank {world.binding.threads} ({world.binding.reason})"
     )
     world.say(describe(plan, model, work))
     if dry_run:
@@ -176,7 +181,8 @@ def _coordinate(world: World, rank: "DecodeRank", plan: Plan, files: "OutputFile
         progress.advance()
 
     pending = [index for index in range(len(records)) if index not in journal.done]
-    coordinator = Coordinator(world.endpoint, records, pending, plan.replicas, keep)
+    costs = [length / BYTES_PER_TOKEN + files.spec.generate.max_new_tokens for length in records.lengths]
+    coordinator = Coordinator(world.endpoint, records, costs, pending, plan.replicas, keep)
     started = time.perf_counter()
     rank.run()
     world.endpoint.send(COORDINATOR, ACCOUNT, _close_account(world, rank))
@@ -196,7 +202,7 @@ class OutputFiles:
     """Rank 0's side of the output directory: the journal while the run lasts, results and manifest at its end."""
 
     def __init__(self, spec: JobSpec, records: JsonlInput, resume: bool) -> None:
-        self._spec, self.records = spec, records
+        self.spec, self.records = spec, records
         self.directory = Path(spec.output.path)
         self.journal = Journal.open(self.directory, spec.identity(), records.sha256, records.ids, resume)
 
@@ -208,30 +214,15 @@ class OutputFiles:
     def finish(self, account: dict[str, Any]) -> None:
         """Write the account, the ordered results and, last, the manifest."""
         write_atomically(self.directory / "timing.json", json.dumps(account, indent=2).encode() + b"\n")
-        facts = {"spec": self._spec.to_dict(), "spec_fingerprint": self._spec.fingerprint(), "versions": versions()}
+        facts = {"spec": self.spec.to_dict(), "spec_fingerprint": self.spec.fingerprint(), "versions": versions()}
         merge(self.directory, self.journal, len(self.records), facts)
         self.journal.close()
-
-
-def workload(spec: JobSpec, records: int, record_bytes: int) -> Workload:
-    """What is known of the work before the prompts are tokenized."""
-    return Workload(records, record_bytes / BYTES_PER_TOKEN, float(records * spec.generate.max_new_tokens))
 
 
 def versions() -> dict[str, str]:
     """What ran: of every package that decides results, its version."""
     packages = {name: version(name) for name in ("torch", "transformers", "numpy", "mpi4py")}
     return {"mpinfer": VERSION, "python": platform.python_version(), "mpi": library_version(), **packages}
-
-
-def _skeleton(spec: JobSpec) -> Any:
-    import torch
-
-    from mpinfer.models.decoder import DecoderSkeleton
-
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    torch.set_num_interop_threads(1)
-    return DecoderSkeleton(Path(spec.model.path), spec.model.dtype)
 
 
 def _build_rank(world: World, spec: JobSpec, plan: Plan, skeleton: Any) -> "DecodeRank":
@@ -268,24 +259,6 @@ def _process_age_s() -> float:
     started_ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     uptime_s = float(Path("/proc/uptime").read_text().split()[0])
     return uptime_s - started_ticks / os.sysconf("SC_CLK_TCK")
-
-
-def plan_job(job: str, overrides: list[str], ranks: int, nodes: int, as_json: bool) -> ExitCode:
-    """Print the layout a job would get on `ranks` ranks over `nodes` nodes like this one. No MPI, no weights.
-
-    Raises `MpinferError` when the job cannot be planned.
-    """
-    if ranks < 1 or nodes < 1 or ranks < nodes:
-        raise PlanError(f"--ranks {ranks} --nodes {nodes}: at least one rank on each node; raise --ranks")
-    spec = load_spec(job, overrides)
-    check_model_directory(spec.model.path)
-    records = JsonlInput(spec.input.path, check_generate)
-    model = _skeleton(spec).summary()
-    work = workload(spec, len(records), records.total_bytes)
-    memory_bytes = local_memory_bytes() // -(-ranks // nodes)
-    plan = make_plan(spec.parallel, model, work, [memory_bytes] * ranks)
-    print(json.dumps(plan.to_dict(), indent=2) if as_json else describe(plan, model, work))
-    return ExitCode.COMPLETE
 
 
 def examine_world() -> ExitCode:

@@ -4,6 +4,7 @@ Everything happens in handlers of control messages, at the progress points of ra
 coordinator costs no rank. Replicas pull: a slow one asks less often.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
@@ -16,27 +17,26 @@ class Records(Protocol):
     @property
     def ids(self) -> list[Any]: ...
 
-    @property
-    def lengths(self) -> Sequence[int]: ...
-
     def line(self, index: int) -> bytes: ...
 
 
 class Coordinator:
-    """Hands out the records `pending` and takes in results and accounts."""
+    """Hands out the records `pending`, of which each has an estimated cost, and takes in results and accounts."""
 
     def __init__(
         self,
         endpoint: Control,
         records: Records,
+        costs: Sequence[float],
         pending: Iterable[int],
         replicas: int,
         keep: Callable[[dict[str, Any]], None],
     ) -> None:
-        self._endpoint, self._records, self._replicas, self._keep = endpoint, records, replicas, keep
+        self._endpoint, self._records, self._costs = endpoint, records, costs
+        self._replicas, self._keep = replicas, keep
         self._pending = list(pending)[::-1]  # the next record is the last entry
-        self._pending_bytes = sum(records.lengths[index] for index in self._pending)
-        self._outstanding = 0
+        self._pending_cost = sum(costs[index] for index in self._pending)
+        self._held: dict[int, dict[int, float]] = defaultdict(dict)  # leader -> costs of the records it has, by index
         self.accounts: dict[int, dict[str, Any]] = {}
         endpoint.on(WANT, self._hand_out)
         endpoint.on(RESULTS, self._take_in)
@@ -45,25 +45,28 @@ class Coordinator:
     @property
     def finished(self) -> bool:
         """Every record has a result and every rank has sent its account."""
-        return not self._pending and not self._outstanding and len(self.accounts) == self._endpoint.size
+        return not self._pending and not any(self._held.values()) and len(self.accounts) == self._endpoint.size
 
     def _hand_out(self, leader: int, wanted: int) -> None:
-        """At most an even share of what is left, by length: near the end no replica hoards what another could do."""
-        share_bytes = self._pending_bytes / self._replicas
+        """What a leader asks for, but at most its even share of all that is unfinished, by cost: what it holds
+        already counts, so that no replica hoards what another could do."""
+        held = self._held[leader]
+        unfinished = self._pending_cost + sum(sum(costs.values()) for costs in self._held.values())
+        room = unfinished / self._replicas - sum(held.values())
         batch: list[int] = []
-        while self._pending and len(batch) < wanted and share_bytes > 0:
+        while self._pending and len(batch) < wanted and room > 0:
             index = self._pending.pop()
             batch.append(index)
-            share_bytes -= self._records.lengths[index]
-            self._pending_bytes -= self._records.lengths[index]
-        self._outstanding += len(batch)
+            held[index] = self._costs[index]
+            room -= self._costs[index]
+            self._pending_cost -= self._costs[index]
         lines = [[index, self._records.ids[index], self._records.line(index).decode()] for index in batch]
         self._endpoint.send(leader, RECORDS, {"records": lines, "more": bool(self._pending)})
 
     def _take_in(self, leader: int, results: list[dict[str, Any]]) -> None:
         for result in results:
             self._keep(result)
-        self._outstanding -= len(results)
+            del self._held[leader][result["index"]]
 
     def _close_account(self, rank: int, account: dict[str, Any]) -> None:
         self.accounts[rank] = account

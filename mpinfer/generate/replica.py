@@ -32,7 +32,7 @@ _TYPICAL_LENGTH = 128  # tokens of context of the decode step that is timed
 class DecodeRank:
     """A rank between its neighbours: records or activations in, activations or tokens out.
 
-    Loads this rank's partition. Raises `ModelError`, or `PlanError` when there is no room for the KV cache.
+    Loads this rank's partition. Raises `ModelError`.
     """
 
     def __init__(self, endpoint: Endpoint, spec: JobSpec, plan: Plan, skeleton: DecoderSkeleton, device: str) -> None:

@@ -38,6 +38,8 @@ def convert(source: Path, destination: Path) -> None:
     partial = destination.with_name(destination.name + ".partial")
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
+    for file in partial.iterdir():
+        file.chmod(0o644)  # safetensors are written for their owner alone; models are shared
     if destination.exists():
         destination.rmdir()
     partial.rename(destination)

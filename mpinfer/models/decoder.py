@@ -234,8 +234,13 @@ class _NoEmbedding(nn.Module):
 
 
 def _load_config(directory: Path) -> Any:
-    from transformers import AutoConfig
-    from transformers.utils import logging
+    try:
+        from transformers import AutoConfig
+        from transformers.utils import logging
+    except ImportError:
+        raise ModelError(
+            "task generate: needs transformers, which is not installed; pip install 'mpinfer[hf]'"
+        ) from None
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

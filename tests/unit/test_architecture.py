@@ -26,7 +26,8 @@ ROWS: dict[str, set[str]] = {
     "pipeline": {"models", "transport", "observe"},
     "generate": {"pipeline"},
     "coordinator": {"records", "transport", "observe"},
-    "run": {"cluster", "generate", "coordinator", "version"},
+    "preview": {"cluster", "models", "records"},
+    "run": {"preview", "generate", "coordinator", "version"},
     "cli": {"run"},
     "__init__": {"version"},
     "__main__": {"cli"},
@@ -136,7 +137,7 @@ def test_heavy_libraries_are_imported_where_they_are_used() -> None:
     assert not [str(found) for found in at_once if found.package in NEVER_AT_TOP_LEVEL]
 
 
-@pytest.mark.parametrize("module", ["mpinfer.run", "mpinfer.generate.scheduler"])
+@pytest.mark.parametrize("module", ["mpinfer.run", "mpinfer.preview", "mpinfer.generate.scheduler"])
 def test_is_imported_without_torch_and_numpy(module: str) -> None:
     """A run binds its threads before the math libraries load, and refuses bad input without waiting for them."""
     program = (

@@ -48,11 +48,10 @@ class Loopback:
 
 
 class Lines:
-    """Records of given lengths."""
+    """Records that hold their index."""
 
-    def __init__(self, lengths):
-        self.lengths = lengths
-        self.ids = [f"r{i}" for i in range(len(lengths))]
+    def __init__(self, count):
+        self.ids = [f"r{i}" for i in range(count)]
 
     def line(self, index):
         return json.dumps({"token_ids": [index]}).encode()
@@ -99,24 +98,33 @@ def test_every_second_belongs_to_one_phase():
     assert seconds["idle"] == 0
 
 
-def test_records_are_handed_out_once_and_by_even_shares_of_length():
+def test_records_are_handed_out_once_and_by_even_shares_of_cost():
     control = Loopback(size=2)
-    lines = Lines([10, 10, 10, 30, 30, 30])
-    Coordinator(control, lines, range(6), replicas=2, keep=lambda result: None)
-    taken = []
-    for _ in range(4):
-        control.send(1, WANT, 10)
+    Coordinator(control, Lines(6), [10, 10, 10, 30, 30, 30], range(6), replicas=2, keep=lambda result: None)
+    taken = {0: [], 1: []}
+    for leader in (1, 0, 1, 0):
+        control.send(leader, WANT, 10)
         control.serve()
-        body = control.sent[-1][2]
-        taken.append([index for index, _, _ in body["records"]])
-    assert taken[0] == [0, 1, 2, 3]  # 60 of 120 bytes
-    assert [index for batch in taken for index in batch] == list(range(6))
-    assert body == {"records": [], "more": False}
+        taken[leader] += [index for index, _, _ in control.sent[-1][2]["records"]]
+    assert taken == {1: [0, 1, 2, 3], 0: [4, 5]}  # 60 of 120 each, whoever asks again
+    assert control.sent[-1][2] == {"records": [], "more": False}
+
+
+def test_a_replica_that_is_ahead_gets_more():
+    control = Loopback(size=2)
+    Coordinator(control, Lines(8), [1] * 8, range(8), replicas=2, keep=lambda result: None)
+    for leader in (0, 1):
+        control.send(leader, WANT, 2)
+        control.serve()
+    control.send(0, RESULTS, [{"index": 0}, {"index": 1}])
+    control.send(0, WANT, 9)
+    control.serve()
+    assert [index for index, _, _ in control.sent[-1][2]["records"]] == [4, 5, 6]  # half of the 6 that are left
 
 
 def test_the_coordinator_is_finished_when_results_and_accounts_are_in():
     control, kept = Loopback(size=1), []
-    coordinator = Coordinator(control, Lines([5, 5]), [1], replicas=1, keep=kept.append)
+    coordinator = Coordinator(control, Lines(2), [5, 5], [1], replicas=1, keep=kept.append)
     control.send(0, WANT, 5)
     control.serve()
     assert not coordinator.finished

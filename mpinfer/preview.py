@@ -1,0 +1,48 @@
+"""What can be known of a job without MPI and without weights: its model's shape, its work, its plan."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpinfer.cluster.doctor import local_memory_bytes
+from mpinfer.errors import ExitCode, PlanError
+from mpinfer.models.directory import check_model_directory
+from mpinfer.plan.block import Workload
+from mpinfer.plan.planner import describe, make_plan
+from mpinfer.records.reader import JsonlInput, check_generate
+from mpinfer.spec import JobSpec, load_spec
+
+if TYPE_CHECKING:  # torch loads only once the cheap checks have passed
+    from mpinfer.models.decoder import DecoderSkeleton
+
+BYTES_PER_TOKEN = 4.0  # of a prompt, before it is tokenized
+
+
+def workload(spec: JobSpec, records: int, record_bytes: int) -> Workload:
+    """What is known of the work before the prompts are tokenized."""
+    return Workload(records, record_bytes / BYTES_PER_TOKEN, float(records * spec.generate.max_new_tokens))
+
+
+def load_skeleton(spec: JobSpec) -> "DecoderSkeleton":
+    """The job's model without weights; raises `ModelError`."""
+    from mpinfer.models.decoder import DecoderSkeleton
+
+    return DecoderSkeleton(Path(spec.model.path), spec.model.dtype)
+
+
+def plan_job(job: str, overrides: list[str], ranks: int, nodes: int, as_json: bool) -> ExitCode:
+    """Print the layout a job would get on `ranks` ranks over `nodes` nodes like this one. No MPI, no weights.
+
+    Raises `MpinferError` when the job cannot be planned.
+    """
+    if ranks < 1 or nodes < 1 or ranks < nodes:
+        raise PlanError(f"--ranks {ranks} --nodes {nodes}: at least one rank on each node; raise --ranks")
+    spec = load_spec(job, overrides)
+    check_model_directory(spec.model.path)
+    records = JsonlInput(spec.input.path, check_generate)
+    model = load_skeleton(spec).summary()
+    work = workload(spec, len(records), records.total_bytes)
+    memory_bytes = local_memory_bytes() // -(-ranks // nodes)
+    plan = make_plan(spec.parallel, model, work, [memory_bytes] * ranks)
+    print(json.dumps(plan.to_dict(), indent=2) if as_json else describe(plan, model, work))
+    return ExitCode.COMPLETE
