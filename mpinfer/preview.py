@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from mpinfer.cluster.doctor import local_memory_bytes
 from mpinfer.errors import ExitCode, PlanError
-from mpinfer.models.directory import check_model_directory
+from mpinfer.models.checkpoint import Checkpoint, check_model_directory
 from mpinfer.plan.block import Workload
 from mpinfer.plan.planner import describe, make_plan
 from mpinfer.records.reader import JsonlInput, check_generate
@@ -38,7 +38,7 @@ def plan_job(job: str, overrides: list[str], ranks: int, nodes: int, as_json: bo
     if ranks < 1 or nodes < 1 or ranks < nodes:
         raise PlanError(f"--ranks {ranks} --nodes {nodes}: at least one rank on each node; raise --ranks")
     spec = load_spec(job, overrides)
-    check_model_directory(spec.model.path)
+    Checkpoint(check_model_directory(spec.model.path))
     records = JsonlInput(spec.input.path, check_generate)
     model = load_skeleton(spec).summary()
     work = workload(spec, len(records), records.total_bytes)

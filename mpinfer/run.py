@@ -20,7 +20,7 @@ from mpinfer.cluster.doctor import RankFacts, doctor_report, local_memory_bytes
 from mpinfer.coordinator.dispatch import Coordinator
 from mpinfer.coordinator.progress import Progress
 from mpinfer.errors import ExitCode
-from mpinfer.models.directory import check_model_directory
+from mpinfer.models.checkpoint import Checkpoint, check_model_directory
 from mpinfer.observe.report import Before, timing, timing_table
 from mpinfer.plan.planner import Plan, describe, make_plan
 from mpinfer.plan.predict import StepTimes, predict_wall_s
@@ -123,7 +123,7 @@ def _run(world: World, job: str, overrides: list[str], output: str | None, resum
         """All that rank 0 can refuse without torch."""
         nonlocal files
         spec = load_spec(job, overrides, output)
-        check_model_directory(spec.model.path)
+        Checkpoint(check_model_directory(spec.model.path))  # all of its files are there and whole
         records = JsonlInput(spec.input.path, check_generate)
         done = None
         if not dry_run:

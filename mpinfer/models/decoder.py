@@ -17,9 +17,9 @@ from torch import nn
 
 from mpinfer.errors import ModelError
 from mpinfer.models import attention
+from mpinfer.models.checkpoint import Checkpoint
 from mpinfer.models.linear import LayerTuner, packed_bytes
 from mpinfer.models.sources import computed_buffers, find_sources
-from mpinfer.models.weights import Checkpoint
 from mpinfer.plan.block import Block, ModelSummary
 
 # Pipeline plans of families for which transformers has none: modules of the base model before its layers, the

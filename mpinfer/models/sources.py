@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from mpinfer.errors import ModelError
-from mpinfer.models.weights import Checkpoint, read_into
+from mpinfer.models.checkpoint import Checkpoint
+from mpinfer.models.weights import read_into
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from mpinfer.records.journal import Journal
 from mpinfer.records.reader import JsonlInput, check_generate
 from mpinfer.spec import load_spec
 
-LIMIT_S = 10
+LIMIT_S = 10  # on a machine that is slow today: three times what a good job takes to get as far
 MPIS = find_mpis()
 
 
@@ -194,18 +194,18 @@ def broken_config(job: Job) -> None:
     (job.model / "config.json").write_text('{"model_type": "llama",')
 
 
-@case(r"model-00002-of-0000\d.safetensors", "named in the index but missing", "fetch it again", loads_torch=True)
+@case(r"model-00002-of-0000\d.safetensors", "named in the index but missing", "fetch it again")
 def missing_shard(job: Job) -> None:
     next(job.model.glob("model-00002-*")).unlink()
 
 
-@case(r"model-00002-of-0000\d.safetensors", "truncated", "fetch", loads_torch=True)
+@case(r"model-00002-of-0000\d.safetensors", "truncated", "fetch")
 def truncated_shard(job: Job) -> None:
     shard = next(job.model.glob("model-00002-*"))
     shard.write_bytes(shard.read_bytes()[:-100])
 
 
-@case(r"model-00001-of-0000\d.safetensors", "not a safetensors file", "fetch", loads_torch=True)
+@case(r"model-00001-of-0000\d.safetensors", "not a safetensors file", "fetch")
 def garbage_in_header(job: Job) -> None:
     shard = next(job.model.glob("model-00001-*"))
     data = bytearray(shard.read_bytes())
@@ -319,24 +319,26 @@ def output_in_use(job: Job) -> None:
     job.options = ["--resume"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _warm(tiny: Tiny) -> None:
-    """The limit is not for a disk that reads torch for the first time."""
+@pytest.fixture(scope="module")
+def limit_s(tiny: Tiny) -> float:
+    """Seconds that an error may take. Not for a disk that reads torch for the first time: that happens here."""
     for mpi in MPIS:
+        begun = time.monotonic()
         mpirun(require(mpi), None, ["mpinfer", "run", tiny.job, "--dry-run"])
+    return max(LIMIT_S, 3 * (time.monotonic() - begun))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_alone(case: Case, tiny: Tiny, tmp_path: Path) -> None:
-    check(case, MPIS[CASES.index(case) % len(MPIS)], None, tiny, tmp_path)
+def test_alone(case: Case, tiny: Tiny, limit_s: float, tmp_path: Path) -> None:
+    check(case, MPIS[CASES.index(case) % len(MPIS)], None, tiny, limit_s, tmp_path)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_in_a_world(case: Case, tiny: Tiny, tmp_path: Path) -> None:
-    check(case, MPIS[(CASES.index(case) + 1) % len(MPIS)], 2 if case.loads_torch else 4, tiny, tmp_path)
+def test_in_a_world(case: Case, tiny: Tiny, limit_s: float, tmp_path: Path) -> None:
+    check(case, MPIS[(CASES.index(case) + 1) % len(MPIS)], 2 if case.loads_torch else 4, tiny, limit_s, tmp_path)
 
 
-def check(case: Case, mpi: Mpi, ranks: int | None, tiny: Tiny, root: Path) -> None:
+def check(case: Case, mpi: Mpi, ranks: int | None, tiny: Tiny, limit_s: float, root: Path) -> None:
     job = Job(root, tiny, ranks or 1)
     case.break_it(job)
     before = contents(job.output)
@@ -348,7 +350,7 @@ def check(case: Case, mpi: Mpi, ranks: int | None, tiny: Tiny, root: Path) -> No
     assert "Traceback" not in run.stderr
     [line] = re.findall(r"mpinfer: error: .*", run.stderr)
     assert re.search(f"{case.value}.*{case.rule}.*{case.fix}", line), line
-    assert elapsed_s < LIMIT_S
+    assert elapsed_s < limit_s
     if before is not None:
         assert contents(job.output) == before
     else:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from harness import Mpi, Tiny, assert_token_rule, mpirun, read_jsonl, read_timing
 
 _HELP = """
@@ -27,16 +26,12 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-_PLAN_FAILS = pytest.mark.xfail(strict=True, reason="plan_job reads OMP_NUM_THREADS, which only a bound rank has set")
-
-
 def test_help_loads_nothing_heavy() -> None:
     shown = subprocess.run([sys.executable, "-c", _HELP], capture_output=True, text=True, check=True)
     assert "run" in shown.stdout
     assert shown.stderr.strip() == "[]"
 
 
-@_PLAN_FAILS
 def test_plan_shows_stages(one_mpi: Mpi, tiny: Tiny) -> None:
     options = ["--ranks", 6, "--set", "parallel.stages=3"]
     plan = mpirun(one_mpi, None, ["mpinfer", "plan", tiny.job, *options])
@@ -48,7 +43,6 @@ def test_plan_shows_stages(one_mpi: Mpi, tiny: Tiny) -> None:
     assert stages[-1][1].endswith("head")
 
 
-@_PLAN_FAILS
 def test_plan_as_json(one_mpi: Mpi, tiny: Tiny) -> None:
     options = ["--ranks", 6, "--set", "parallel.stages=3", "--json"]
     plan = mpirun(one_mpi, None, ["mpinfer", "plan", tiny.job, *options])
@@ -61,7 +55,6 @@ def test_plan_as_json(one_mpi: Mpi, tiny: Tiny) -> None:
     assert (cuts[0], cuts[-1]) == (0, 8), "6 layers, embedding and head"
 
 
-@pytest.mark.xfail(strict=True, reason="mpinfer.run imports mpi4py, also for plan")
 def test_plan_needs_no_mpi(tiny: Tiny) -> None:
     command = [sys.executable, "-c", _WITHOUT_MPI, "plan", tiny.job, "--ranks", "2", "--json"]
     plan = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mpinfer.errors import ModelError
+from mpinfer.models.checkpoint import Checkpoint, check_model_directory
 from mpinfer.models.decoder import DecoderSkeleton
-from mpinfer.models.directory import check_model_directory
-from mpinfer.models.weights import Checkpoint, read_into
+from mpinfer.models.weights import read_into
 
 
 @pytest.fixture
