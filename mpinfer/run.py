@@ -19,9 +19,10 @@ from mpinfer.cluster.context import LaunchContext, check_world, read_context
 from mpinfer.cluster.doctor import RankFacts, doctor_report, local_memory_bytes
 from mpinfer.coordinator.dispatch import Coordinator
 from mpinfer.coordinator.progress import Progress
-from mpinfer.errors import ExitCode
+from mpinfer.errors import ExitCode, LaunchError
 from mpinfer.models.checkpoint import Checkpoint, check_model_directory
 from mpinfer.observe.report import Before, timing, timing_table
+from mpinfer.plan.block import Workload
 from mpinfer.plan.planner import Plan, describe, make_plan
 from mpinfer.plan.predict import StepTimes, predict_wall_s
 from mpinfer.preview import BYTES_PER_TOKEN, load_skeleton, workload
@@ -43,6 +44,7 @@ from mpinfer.version import VERSION
 
 if TYPE_CHECKING:  # torch loads only once the cheap checks have passed and threads are bound
     from mpinfer.generate.replica import DecodeRank
+    from mpinfer.models.decoder import DecoderSkeleton
 
 
 @dataclass
@@ -82,7 +84,12 @@ def join_world() -> World:
     """
     context = read_context()
     endpoint = Endpoint()
-    check_world(context, endpoint.rank, endpoint.size)
+    try:
+        check_world(context, endpoint.rank, endpoint.size)
+    except LaunchError:
+        if context.rank != COORDINATOR:  # every rank finds the same; told once is enough
+            sys.exit(ExitCode.BAD_INPUT)
+        raise
     everyone = endpoint.all_gather([context.node, sorted(allowed_cores())])
     neighbours = [rank for rank, (node, _) in enumerate(everyone) if node == context.node]
     local_rank = neighbours.index(endpoint.rank)
@@ -108,11 +115,11 @@ def run_job(job: str, overrides: list[str], output: str | None, resume: bool, dr
     Returns the same exit code on every rank. Bad input is reported by rank 0, in one line. Raises `LaunchError`
     when there is no world to run in.
     """
-    world = join_world()
     try:
-        return _run(world, job, overrides, output, resume, dry_run)
+        return _run(join_world(), job, overrides, output, resume, dry_run)
     except Agreed as error:
-        world.say(f"error: {error}")
+        if error.rank == COORDINATOR:
+            print(f"mpinfer: error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
 
 
@@ -137,11 +144,19 @@ def _run(world: World, job: str, overrides: list[str], output: str | None, resum
         world.say(f"{spec.output.path}: already complete, nothing to do")
         return ExitCode(look["done"])
 
+    skeleton, plan, work = _lay_out(world, spec, look["records"], look["bytes"])
+    if dry_run:
+        return ExitCode.COMPLETE
+    return _compute(world, spec, skeleton, plan, work, files)
+
+
+def _lay_out(world: World, spec: JobSpec, records: int, record_bytes: int) -> tuple["DecoderSkeleton", Plan, Workload]:
+    """The model without weights, the plan that rank 0 makes of it, and the work as far as it is known."""
     if world.is_crowded:  # rank 0 alone can refuse the model; the others' imports would only slow it down
         agree(world.endpoint, lambda: load_skeleton(spec) and None)
     skeleton = everywhere(world.endpoint, lambda: load_skeleton(spec))
     model = skeleton.summary()
-    work = workload(spec, look["records"], look["bytes"])
+    work = workload(spec, records, record_bytes)
     memories = [m // n for m, n in world.endpoint.all_gather([local_memory_bytes(), world.local_size])]
     plan = Plan.from_dict(agree(world.endpoint, lambda: make_plan(spec.parallel, model, work, memories).to_dict()))
     world.place = str(plan.grid.coordinates(world.endpoint.rank))
@@ -150,8 +165,18 @@ def _run(world: World, job: str, overrides: list[str], output: str | None, resum
         f"threads a rank {world.binding.threads} ({world.binding.reason})"
     )
     world.say(describe(plan, model, work))
-    if dry_run:
-        return ExitCode.COMPLETE
+    return skeleton, plan, work
+
+
+def _compute(
+    world: World,
+    spec: JobSpec,
+    skeleton: "DecoderSkeleton",
+    plan: Plan,
+    work: Workload,
+    files: "OutputFiles | None",
+) -> ExitCode:
+    """Load this rank's part and run it to the end of the job; `files` are rank 0's."""
     start_s = _process_age_s()
     loading = time.perf_counter()
     rank = everywhere(world.endpoint, lambda: _build_rank(world, spec, plan, skeleton))
@@ -225,7 +250,7 @@ def versions() -> dict[str, str]:
     return {"mpinfer": VERSION, "python": platform.python_version(), "mpi": library_version(), **packages}
 
 
-def _build_rank(world: World, spec: JobSpec, plan: Plan, skeleton: Any) -> "DecodeRank":
+def _build_rank(world: World, spec: JobSpec, plan: Plan, skeleton: "DecoderSkeleton") -> "DecodeRank":
     from mpinfer.generate.replica import DecodeRank
     from mpinfer.pipeline.device import choose_device
 

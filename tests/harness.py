@@ -81,26 +81,27 @@ class World:
     ) -> None:
         mark = uuid.uuid4().hex
         self._mark = f"{_MARK}={mark}".encode()
-        self._output = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 (open until the end of the world)
+        self._scratch = tempfile.TemporaryDirectory(prefix="world-")  # launchers that are killed leave files behind
+        self._texts = Path(self._scratch.name, "stdout"), Path(self._scratch.name, "stderr")
         inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
         root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-        self.launcher = subprocess.Popen(
-            mpi.command(ranks, args),
-            cwd=cwd,
-            env={**inherited, **root, **(env or {}), _MARK: mark},
-            stdin=subprocess.DEVNULL,
-            stdout=self._output[0],
-            stderr=self._output[1],
-            start_new_session=True,
-        )
+        with self._texts[0].open("wb") as stdout, self._texts[1].open("wb") as stderr:
+            self.launcher = subprocess.Popen(
+                mpi.command(ranks, args),
+                cwd=cwd,
+                env={**inherited, **root, **(env or {}), "TMPDIR": self._scratch.name, _MARK: mark},
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                start_new_session=True,
+            )
 
     def __enter__(self) -> "World":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.kill()
-        for file in self._output:
-            file.close()
+        self._scratch.cleanup()
 
     def processes(self) -> dict[int, dict[bytes, bytes]]:
         """Environments of this world's living processes, by process id."""
@@ -131,7 +132,7 @@ class World:
         """Wait for the end of all processes; fails the test when one still lives after `timeout_s`."""
         if not eventually(lambda: self.ended, timeout_s):
             self._fail(f"still ran after {timeout_s} s")
-        return subprocess.CompletedProcess(self.launcher.args, self.launcher.returncode, *self._texts())
+        return subprocess.CompletedProcess(self.launcher.args, self.launcher.returncode, *self._read())
 
     def wait_until(self, condition: Callable[[], Any], timeout_s: float) -> None:
         """Wait for something to happen; fails the test when the world ends before, or `timeout_s` is over."""
@@ -150,11 +151,10 @@ class World:
 
     def _fail(self, problem: str) -> NoReturn:
         self.kill()
-        pytest.fail("\n".join([f"{self.launcher.args} {problem}", *self._texts()]))
+        pytest.fail("\n".join([f"{self.launcher.args} {problem}", *self._read()]))
 
-    def _texts(self) -> tuple[str, str]:
-        out, err = (os.pread(file.fileno(), 2**24, 0).decode(errors="replace") for file in self._output)
-        return out, err
+    def _read(self) -> list[str]:
+        return [text.read_text(errors="replace") for text in self._texts]
 
 
 def mpirun(

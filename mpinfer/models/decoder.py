@@ -55,7 +55,6 @@ class DecoderSkeleton:
 
     def summary(self) -> ModelSummary:
         """Blocks with their weights and costs, for the planner."""
-        config = self.config.get_text_config()
         head = self.model.get_output_embeddings()
         blocks = [Block("embed", self._weights_of(self._before, self.base), 0.0, 0.0)]
         for index, layer in enumerate(self.layers):
@@ -63,18 +62,7 @@ class DecoderSkeleton:
             blocks.append(Block(f"layer.{index}", self._weights(layer), flops, 0.0))
         final = dict(self._weights_of(self._after, self.base) + self._weights(head))
         blocks.append(Block("head", tuple(final.items()), 0.0, 2.0 * head.weight.numel()))
-        heads = (
-            config.num_key_value_heads if getattr(config, "num_key_value_heads", None) else config.num_attention_heads
-        )
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return ModelSummary(
-            architecture=type(self.model).__name__,
-            blocks=tuple(blocks),
-            hidden_size=self.hidden_size,
-            itemsize=self.dtype.itemsize,
-            max_length=self.max_length,
-            kv_bytes_per_token=2 * heads * head_dim * self.dtype.itemsize * len(self.layers),
-        )
+        return ModelSummary(tuple(blocks))
 
     @property
     def hidden_size(self) -> int:

@@ -20,14 +20,9 @@ class Block:
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """An ordered list of blocks, and what crosses a cut between two of them."""
+    """A model as an ordered list of blocks."""
 
-    architecture: str
     blocks: tuple[Block, ...]
-    hidden_size: int
-    itemsize: int  # bytes of one activation element
-    max_length: int  # tokens, prompt and new
-    kv_bytes_per_token: int  # over all layers
 
     @property
     def weight_bytes(self) -> int:

@@ -104,9 +104,6 @@ class Endpoint:
 
     # -- collectives: only before the loop and after it ----------------------------------------------------------
 
-    def barrier(self) -> None:
-        self._finish(self._collective.Ibarrier())
-
     def broadcast(self, body: Any, root: int = 0) -> Any:
         """Rank `root`'s JSON-able body on every rank."""
         buffer = bytearray(json.dumps(body).encode() if self.rank == root else b"")
@@ -161,7 +158,7 @@ def agree(endpoint: Endpoint, decide: Callable[[], T]) -> T:
             outcome = {"error": str(error), "code": error.exit_code}
     outcome = endpoint.broadcast(outcome)
     if "error" in outcome:
-        raise Agreed(outcome["error"], ExitCode(outcome["code"]))
+        raise Agreed(outcome["error"], ExitCode(outcome["code"]), endpoint.rank)
     return outcome["value"]
 
 
@@ -174,16 +171,16 @@ def everywhere(endpoint: Endpoint, work: Callable[[], T]) -> T:
         error = raised
     for outcome in endpoint.all_gather([str(error), int(error.exit_code)] if error else None):
         if outcome is not None:
-            raise Agreed(outcome[0], ExitCode(outcome[1]))
+            raise Agreed(outcome[0], ExitCode(outcome[1]), endpoint.rank)
     return value
 
 
 class Agreed(Exception):
     """An error that every rank raises at the same point of the program."""
 
-    def __init__(self, message: str, exit_code: ExitCode) -> None:
+    def __init__(self, message: str, exit_code: ExitCode, rank: int) -> None:
         super().__init__(message)
-        self.exit_code = exit_code
+        self.exit_code, self.rank = exit_code, rank
 
 
 def install_abort_hook(endpoint: Endpoint, where: Callable[[], str]) -> None:

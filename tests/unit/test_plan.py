@@ -24,7 +24,7 @@ def model(layers=6, tied=True):
     blocks = [Block("embed", (("embed.w", 400),), 0.0, 0.0)]
     blocks += [Block(f"layer.{i}", ((f"l{i}.w", 100),), 1.0, 0.0) for i in range(layers)]
     blocks += [Block("head", ((head_name, 400), ("norm", 1)), 0.0, 2.0)]
-    return ModelSummary("Test", tuple(blocks), hidden_size=8, itemsize=4, max_length=64, kv_bytes_per_token=10)
+    return ModelSummary(tuple(blocks))
 
 
 WORK = Workload(records=100, prompt_tokens=1000.0, new_tokens=1000.0)
