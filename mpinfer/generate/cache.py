@@ -4,16 +4,18 @@ A slot holds one sequence: `capacity` tokens of address space per layer, of whic
 becomes resident memory on a CPU. Nothing is copied as a sequence grows.
 """
 
+import mmap
 from collections.abc import Sequence
 from itertools import accumulate
 from math import prod
-from mmap import MADV_NOHUGEPAGE, mmap
 
 import torch
 from torch.nn import functional
 
 from mpinfer.generate.scheduler import Segment
 
+# Address space, not memory: Linux's flag for it, which Python names from 3.13 on.
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 _SHORTEST_RUN = 4  # sequences: fewer do not make up for a call
 _SIMILAR = 0.8  # of the longest sequence's length
 
@@ -118,8 +120,9 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Ten
     slot would take all."""
     if device != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    pages = mmap(-1, prod(shape) * dtype.itemsize)
-    pages.madvise(MADV_NOHUGEPAGE)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    pages = mmap.mmap(-1, prod(shape) * dtype.itemsize, flags=flags)
+    pages.madvise(mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 

@@ -1,7 +1,9 @@
 """Decoding in one process: any cut, any batching, the same tokens as transformers."""
 
 import itertools
+import os
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -168,3 +170,17 @@ def test_packed_attention_equals_a_loop(window):
             for end, s in zip(itertools.accumulate(x.length for x in segments), segments, strict=True)
             if s.sample
         ]
+
+
+def test_a_cache_takes_memory_only_for_what_is_written():
+    def resident_bytes():
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident_bytes()
+    cache = KVCache(slots=64, capacity=1 << 20, device="cpu")  # 128 GiB of keys and as much of values
+    step = PackedStep(cache, [Segment(slot, 0, 3, True) for slot in range(64)])
+    kv = torch.randn(192, 4, 128)
+    output = step.attend(0, kv, kv, kv, 1.0)
+    assert torch.isfinite(output).all()
+    assert resident_bytes() - before < 64e6
