@@ -237,7 +237,8 @@ def _load_config(directory: Path) -> Any:
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ModelError(
-            f"{directory / 'config.json'}: transformers refuses it ({first}); fetch the model again"
+            f"{directory / 'config.json'}: transformers refuses it ({first}); install a newer "
+            f"transformers or fetch the model again"
         ) from None
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     kinds: set[Any] = {rope.get("rope_type")} | {v.get("rope_type") for v in rope.values() if isinstance(v, dict)}
