@@ -9,8 +9,9 @@ from mpinfer.errors import ExitCode, PlanError
 from mpinfer.models.checkpoint import Checkpoint, check_model_directory
 from mpinfer.plan.block import Workload
 from mpinfer.plan.planner import describe, make_plan
-from mpinfer.records.reader import JsonlInput, check_generate
-from mpinfer.spec import JobSpec, load_spec
+from mpinfer.records.reader import JsonlInput
+from mpinfer.records.rules import RecordRules
+from mpinfer.spec import AUTO, JobSpec, load_spec
 
 if TYPE_CHECKING:  # torch loads only once the cheap checks have passed
     from mpinfer.models.decoder import DecoderSkeleton
@@ -20,7 +21,20 @@ BYTES_PER_TOKEN = 4.0  # of a prompt, before it is tokenized
 
 def workload(spec: JobSpec, records: int, record_bytes: int) -> Workload:
     """What is known of the work before the prompts are tokenized."""
-    return Workload(records, record_bytes / BYTES_PER_TOKEN, float(records * spec.generate.max_new_tokens))
+    prompts = record_bytes / BYTES_PER_TOKEN
+    match spec.model.task:
+        case "score":
+            return Workload(records, prompts, 0.0, prompts)
+        case "embed":
+            return Workload(records, prompts, 0.0, 0.0)
+    new_tokens = float(records * spec.generate.n * spec.generate.max_new_tokens)
+    return Workload(records, prompts * spec.generate.n, new_tokens, new_tokens)
+
+
+def kv_cache_bytes(spec: JobSpec) -> int | None:
+    """What a rank's KV cache may take, if the job says."""
+    given = spec.generate.kv_cache_gb
+    return None if given == AUTO else int(given * 1e9)
 
 
 def load_skeleton(spec: JobSpec) -> "DecoderSkeleton":
@@ -39,10 +53,10 @@ def plan_job(job: str, overrides: list[str], ranks: int, nodes: int, as_json: bo
         raise PlanError(f"--ranks {ranks} --nodes {nodes}: at least one rank on each node; raise --ranks")
     spec = load_spec(job, overrides)
     Checkpoint(check_model_directory(spec.model.path))
-    records = JsonlInput(spec.input.path, check_generate)
-    model = load_skeleton(spec).summary()
+    records = JsonlInput(spec.input.path, RecordRules(spec).problem)
+    model = load_skeleton(spec).summary(with_head=spec.model.task != "embed")
     work = workload(spec, len(records), records.total_bytes)
     memory_bytes = local_memory_bytes() // -(-ranks // nodes)
-    plan = make_plan(spec.parallel, model, work, [memory_bytes] * ranks)
+    plan = make_plan(spec.parallel, model, work, [memory_bytes] * ranks, kv_cache_bytes(spec))
     print(json.dumps(plan.to_dict(), indent=2) if as_json else describe(plan, model, work))
     return ExitCode.COMPLETE

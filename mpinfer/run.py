@@ -25,11 +25,12 @@ from mpinfer.observe.report import Before, timing, timing_table
 from mpinfer.plan.block import Workload
 from mpinfer.plan.planner import Plan, describe, make_plan
 from mpinfer.plan.predict import StepTimes, predict_wall_s
-from mpinfer.preview import BYTES_PER_TOKEN, load_skeleton, workload
+from mpinfer.preview import BYTES_PER_TOKEN, kv_cache_bytes, load_skeleton, workload
 from mpinfer.records.files import write_atomically
 from mpinfer.records.journal import Journal
 from mpinfer.records.manifest import merge
-from mpinfer.records.reader import JsonlInput, check_generate
+from mpinfer.records.reader import JsonlInput
+from mpinfer.records.rules import RecordRules
 from mpinfer.spec import JobSpec, load_spec, spec_from_dict
 from mpinfer.transport.control import ACCOUNT, COORDINATOR
 from mpinfer.transport.endpoint import (
@@ -131,12 +132,14 @@ def _run(world: World, job: str, overrides: list[str], output: str | None, resum
         nonlocal files
         spec = load_spec(job, overrides, output)
         Checkpoint(check_model_directory(spec.model.path))  # all of its files are there and whole
-        records = JsonlInput(spec.input.path, check_generate)
+        rules = RecordRules(spec)
+        records = JsonlInput(spec.input.path, rules.problem)
         done = None
         if not dry_run:
             files = OutputFiles(spec, records, resume)
             done = files.exit_code if files.journal.complete else None
-        return {"spec": spec.to_dict(), "done": done, "records": len(records), "bytes": records.total_bytes}
+        size = {"records": len(records), "bytes": records.total_bytes}
+        return {"spec": spec.to_dict(), "done": done, "needs_logits": rules.needs_logits, **size}
 
     look = agree(world.endpoint, first_look)
     spec = spec_from_dict(look["spec"])
@@ -147,7 +150,7 @@ def _run(world: World, job: str, overrides: list[str], output: str | None, resum
     skeleton, plan, work = _lay_out(world, spec, look["records"], look["bytes"])
     if dry_run:
         return ExitCode.COMPLETE
-    return _compute(world, spec, skeleton, plan, work, files)
+    return _compute(world, spec, skeleton, plan, work, look["needs_logits"], files)
 
 
 def _lay_out(world: World, spec: JobSpec, records: int, record_bytes: int) -> tuple["DecoderSkeleton", Plan, Workload]:
@@ -155,10 +158,12 @@ def _lay_out(world: World, spec: JobSpec, records: int, record_bytes: int) -> tu
     if world.is_crowded:  # rank 0 alone can refuse the model; the others' imports would only slow it down
         agree(world.endpoint, lambda: load_skeleton(spec) and None)
     skeleton = everywhere(world.endpoint, lambda: load_skeleton(spec))
-    model = skeleton.summary()
+    model = skeleton.summary(with_head=spec.model.task != "embed")
     work = workload(spec, records, record_bytes)
     memories = [m // n for m, n in world.endpoint.all_gather([local_memory_bytes(), world.local_size])]
-    plan = Plan.from_dict(agree(world.endpoint, lambda: make_plan(spec.parallel, model, work, memories).to_dict()))
+    plan = Plan.from_dict(
+        agree(world.endpoint, lambda: make_plan(spec.parallel, model, work, memories, kv_cache_bytes(spec)).to_dict())
+    )
     world.place = str(plan.grid.coordinates(world.endpoint.rank))
     world.say(
         f"{VERSION}, ranks {world.endpoint.size}, nodes {world.nodes}, launcher {world.context.launcher}, "
@@ -174,12 +179,13 @@ def _compute(
     skeleton: "DecoderSkeleton",
     plan: Plan,
     work: Workload,
+    needs_logits: bool,
     files: "OutputFiles | None",
 ) -> ExitCode:
     """Load this rank's part and run it to the end of the job; `files` are rank 0's."""
     start_s = _process_age_s()
     loading = time.perf_counter()
-    rank = everywhere(world.endpoint, lambda: _build_rank(world, spec, plan, skeleton))
+    rank = everywhere(world.endpoint, lambda: _build_rank(world, spec, plan, skeleton, needs_logits))
     load_s = time.perf_counter() - loading
     own_times = everywhere(world.endpoint, rank.step_times)
     times = [StepTimes(*pair) for pair in world.endpoint.all_gather(astuple(own_times))]
@@ -206,7 +212,8 @@ def _coordinate(world: World, rank: "DecodeRank", plan: Plan, files: "OutputFile
         progress.advance()
 
     pending = [index for index in range(len(records)) if index not in journal.done]
-    costs = [length / BYTES_PER_TOKEN + files.spec.generate.max_new_tokens for length in records.lengths]
+    new_tokens = files.spec.generate.max_new_tokens if files.spec.model.task == "generate" else 0
+    costs = [length / BYTES_PER_TOKEN + new_tokens for length in records.lengths]
     coordinator = Coordinator(world.endpoint, records, costs, pending, plan.replicas, keep)
     started = time.perf_counter()
     rank.run()
@@ -250,11 +257,14 @@ def versions() -> dict[str, str]:
     return {"mpinfer": VERSION, "python": platform.python_version(), "mpi": library_version(), **packages}
 
 
-def _build_rank(world: World, spec: JobSpec, plan: Plan, skeleton: "DecoderSkeleton") -> "DecodeRank":
+def _build_rank(
+    world: World, spec: JobSpec, plan: Plan, skeleton: "DecoderSkeleton", needs_logits: bool
+) -> "DecodeRank":
     from mpinfer.generate.replica import DecodeRank
     from mpinfer.pipeline.device import choose_device
 
-    return DecodeRank(world.endpoint, spec, plan, skeleton, choose_device(spec.model.device, world.local_rank))
+    device = choose_device(spec.model.device, world.local_rank)
+    return DecodeRank(world.endpoint, spec, plan, skeleton, device, needs_logits)
 
 
 def _close_account(world: World, rank: "DecodeRank") -> dict[str, Any]:

@@ -9,8 +9,8 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,14 +22,14 @@ AUTO: Literal["auto"] = "auto"
 Auto = Literal["auto"]
 
 
-def _rule(default: Any = dataclasses.MISSING, *, minimum: float | None = None) -> Any:
-    return field(default=default, metadata={"minimum": minimum})
+def _rule(default: Any, *, minimum: float | None = None, maximum: float | None = None) -> Any:
+    return field(default=default, metadata={"minimum": minimum, "maximum": maximum})
 
 
 @dataclass(frozen=True)
 class ModelSpec:
     path: str
-    task: Literal["generate"] = "generate"
+    task: Literal["generate", "score", "embed"] = "generate"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantize: Literal["none"] = "none"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -56,11 +56,40 @@ class ParallelSpec:
 
 
 @dataclass(frozen=True)
-class GenerateSpec:
+class SamplingSpec:
+    """How tokens are chosen and when a record ends: what a record may say for itself, in its own `generate`."""
+
     max_new_tokens: int = _rule(64, minimum=1)
-    temperature: float = 0.0
+    min_new_tokens: int = _rule(0, minimum=0)
+    temperature: float = _rule(0.0, minimum=0)  # 0: the best token
+    top_k: int = _rule(0, minimum=0)  # 0: all
+    top_p: float = _rule(1.0, minimum=0, maximum=1)
+    min_p: float = _rule(0.0, minimum=0, maximum=1)
+    repetition_penalty: float = _rule(1.0, minimum=0.01)
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = _rule((), minimum=0)
+    n: int = _rule(1, minimum=1)  # samples of a record
+    logprobs: int | Literal["none"] = _rule("none", minimum=0)  # best tokens to report beside the chosen one
+    seed: int = 0
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether choosing a token takes more than knowing the best one."""
+        penalized = self.repetition_penalty != 1.0 or self.min_new_tokens > 0
+        return self.temperature > 0 or penalized or self.logprobs != "none"
+
+
+@dataclass(frozen=True)
+class GenerateSpec(SamplingSpec):
     max_length: int | Auto = _rule(AUTO, minimum=2)  # prompt and new tokens; auto: the model's own limit
     step_tokens: int = _rule(256, minimum=1)  # most tokens, prefill chunks included, in one step of a group
+    kv_cache_gb: float | Auto = _rule(AUTO, minimum=0)  # of a rank, in 10**9 bytes; auto: what weights leave
+
+
+@dataclass(frozen=True)
+class EmbedSpec:
+    pooling: Literal["mean", "last"] = "mean"  # of a record's final hidden states
+    normalize: bool = True  # to length 1
 
 
 @dataclass(frozen=True)
@@ -78,21 +107,23 @@ class JobSpec:
     output: OutputSpec = OutputSpec()
     parallel: ParallelSpec = ParallelSpec()
     generate: GenerateSpec = GenerateSpec()
+    embed: EmbedSpec = EmbedSpec()
     transport: TransportSpec = TransportSpec()
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return asdict(self)
 
     def identity(self) -> dict[str, Any]:
         """The keys that decide the results: a resumed run must agree with the journal on all of them."""
-        generate = dataclasses.asdict(self.generate)
-        del generate["step_tokens"]
+        sections: dict[str, Any] = {"generate": self.generate, "embed": self.embed}
+        layout = ("generate.step_tokens", "generate.kv_cache_gb")
+        keys = {f"{name}.{key}": value for name in sections for key, value in asdict(sections[name]).items()}
         return {
             "model.path": str(Path(self.model.path).resolve()),
             "model.task": self.model.task,
             "model.dtype": self.model.dtype,
             "model.quantize": self.model.quantize,
-            **{f"generate.{key}": value for key, value in generate.items()},
+            **{key: list(v) if isinstance(v, tuple) else v for key, v in keys.items() if key not in layout},
         }
 
     def fingerprint(self) -> str:
@@ -127,10 +158,31 @@ def load_spec(path: str | Path, overrides: Sequence[str] = (), output: str | Non
 
 def spec_from_dict(tree: dict[str, Any]) -> JobSpec:
     """Validate a nested mapping into a `JobSpec`; raises `SpecError`."""
-    spec = _build(JobSpec, tree, "")
-    if spec.generate.temperature != 0.0:
-        raise SpecError(f"generate.temperature={spec.generate.temperature}: only greedy decoding is built; use 0.0")
+    spec: JobSpec = _build(JobSpec, tree, "")
+    _check_sampling(spec.generate, "generate.")
     return spec
+
+
+def record_sampling(job: SamplingSpec, overrides: dict[str, Any]) -> SamplingSpec:
+    """A record's own sampling: the job's, with the keys that its `generate` overrides. Raises `SpecError`."""
+    names = [f.name for f in dataclasses.fields(SamplingSpec)]
+    values = {name: getattr(job, name) for name in names}
+    own: SamplingSpec = _build(SamplingSpec, {**values, **overrides}, "generate.")
+    _check_sampling(own, "generate.")
+    return own
+
+
+def _check_sampling(sampling: SamplingSpec, prefix: str) -> None:
+    """Rules that concern two keys."""
+    if sampling.n > 1 and sampling.temperature == 0:
+        raise SpecError(f"{prefix}n={sampling.n}: greedy samples are all the same; raise {prefix}temperature above 0")
+    if sampling.min_new_tokens > sampling.max_new_tokens:
+        raise SpecError(
+            f"{prefix}min_new_tokens={sampling.min_new_tokens}: above {prefix}max_new_tokens="
+            f"{sampling.max_new_tokens}; lower it"
+        )
+    if sampling.top_p == 0:
+        raise SpecError(f"{prefix}top_p=0: leaves no token to choose; use a value above 0, or temperature 0")
 
 
 def _parse_yaml(text: str, where: str) -> Any:
@@ -172,14 +224,14 @@ def _build(cls: Any, tree: Any, prefix: str) -> Any:
             if name in tree or f.default is dataclasses.MISSING:
                 values[name] = _build(hints[name], tree.get(name) or {}, key + ".")
         elif name in tree:
-            values[name] = _check(key, tree[name], hints[name], f.metadata.get("minimum"))
+            values[name] = _check(key, tree[name], hints[name], f.metadata)
         elif f.default is dataclasses.MISSING:
             raise SpecError(f"{key}: a required key is missing; add it to the job file or pass --set {key}=...")
     return cls(**values)
 
 
-def _check(key: str, value: Any, hint: Any, minimum: float | None) -> Any:
-    kinds: list[type] = []
+def _check(key: str, value: Any, hint: Any, rules: Mapping[str, float | None]) -> Any:
+    kinds: list[Any] = []
     choices: list[Any] = []
     union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     for option in typing.get_args(hint) if union else (hint,):
@@ -187,15 +239,24 @@ def _check(key: str, value: Any, hint: Any, minimum: float | None) -> Any:
             choices.extend(typing.get_args(option))
         else:
             kinds.append(option)
+    if typing.get_origin(hint) is tuple:
+        (item, _) = typing.get_args(hint)
+        values = value if isinstance(value, list | tuple) else [value]  # one alone needs no brackets
+        return tuple(_check(key, each, item, rules) for each in values)
     if any(value == choice and type(value) is type(choice) for choice in choices):
         return value
     if float in kinds and type(value) is int:
         value = float(value)
     if type(value) in kinds:
+        minimum, maximum = rules.get("minimum"), rules.get("maximum")
         if minimum is not None and value < minimum:
             raise SpecError(f"{key}={value!r}: must be at least {minimum:g}; raise it")
+        if maximum is not None and value > maximum:
+            raise SpecError(f"{key}={value!r}: must be at most {maximum:g}; lower it")
         if value == "":
             raise SpecError(f"{key}='': must not be empty; give a value")
+        if value != value:
+            raise SpecError(f"{key}={value!r}: is not a number; correct the value")
         return value
     allowed = [kind.__name__ for kind in kinds] + [repr(choice) for choice in choices]
     raise SpecError(f"{key}={value!r}: must be {' or '.join(allowed)}; correct the value")

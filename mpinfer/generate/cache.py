@@ -4,6 +4,7 @@ A slot holds one sequence: `capacity` tokens of address space per layer, of whic
 becomes resident memory on a CPU. Nothing is copied as a sequence grows.
 """
 
+import ctypes
 import mmap
 from collections.abc import Sequence
 from itertools import accumulate
@@ -16,6 +17,7 @@ from mpinfer.generate.scheduler import Segment
 
 # Address space, not memory: Linux's flag for it, which Python names from 3.13 on.
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+_LIBC = ctypes.CDLL(None, use_errno=True)
 _SHORTEST_RUN = 4  # sequences: fewer do not make up for a call
 _SIMILAR = 0.8  # of the longest sequence's length
 
@@ -38,6 +40,14 @@ class KVCache:
             self._layers[index] = (_zeros(shape, like.dtype, self.device), _zeros(shape, like.dtype, self.device))
         return self._layers[index]
 
+    def release(self, slot: int) -> None:
+        """Give the memory of a slot's keys and values back. Its next sequence starts from zeros."""
+        if self.device != "cpu":
+            return  # there the slots are memory of their own, used or not
+        for layer in self._layers.values():
+            for tensor in layer:
+                _release(tensor[slot])
+
 
 class PackedStep:
     """The tokens of one step: where each stands in its sequence, and how they attend. Same for all layers."""
@@ -53,8 +63,9 @@ class PackedStep:
         positions = within + torch.repeat_interleave(starts, counts)
         self.positions = positions.to(device)  # [tokens]
         self._slots = torch.repeat_interleave(slots, counts).to(device)  # [tokens]
-        sampled = [int(end) - 1 for end, s in zip(offsets[1:], segments, strict=True) if s.sample]
-        self.sampled = torch.tensor(sampled, dtype=torch.long, device=device)  # [samples]
+        ends = zip(offsets[1:].tolist(), segments, strict=True)
+        samples = [row for end, s in ends for row in range(end - s.samples, end)]
+        self.samples = torch.tensor(samples, dtype=torch.long, device=device)  # rows, [samples]
         decoding = next((i for i, s in enumerate(segments) if s.length > 1), len(segments))
         self._runs = _runs(segments[:decoding])
         self._chunks = list(zip(offsets[decoding:-1].tolist(), segments[decoding:], strict=True))
@@ -124,6 +135,14 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Ten
     pages = mmap.mmap(-1, prod(shape) * dtype.itemsize, flags=flags)
     pages.madvise(mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+
+def _release(tensor: torch.Tensor) -> None:
+    """Hand the whole pages of a contiguous part of `_zeros` back to the kernel: they are read as zeros again."""
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (tensor.data_ptr() + tensor.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+    if size > 0 and _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED):
+        raise OSError(ctypes.get_errno(), "madvise cannot release KV cache pages")
 
 
 def _attention(

@@ -1,28 +1,22 @@
 """A replica's side of the dispatch: ask rank 0 for records ahead of need, send results back."""
 
 from collections import deque
-from typing import Any, Protocol
+from typing import Any
 
 from mpinfer.errors import RecordError
 from mpinfer.generate.scheduler import Scheduler, Sequence
+from mpinfer.generate.tasks import Task
 from mpinfer.observe.account import Account
 from mpinfer.transport.control import COORDINATOR, RECORDS, RESULTS, WANT, Control
-
-
-class Preparation(Protocol):
-    """Turns records into work and finished work into outputs."""
-
-    def sequence(self, index: int, id: str | int, line: str) -> Sequence: ...
-
-    def output(self, sequence: Sequence) -> dict[str, Any]: ...
 
 
 class RecordFeed:
     """Keeps the scheduler of a replica stocked: every slot filled and `ahead` sequences waiting."""
 
-    def __init__(self, endpoint: Control, preparation: Preparation, ahead: int, account: Account) -> None:
-        self._endpoint, self._preparation, self._ahead, self._account = endpoint, preparation, ahead, account
+    def __init__(self, endpoint: Control, task: Task, ahead: int, account: Account) -> None:
+        self._endpoint, self._task, self._ahead, self._account = endpoint, task, ahead, account
         self._arrived: deque[tuple[int, str | int, str]] = deque()
+        self._unfinished: dict[int, list[Sequence]] = {}  # of every record at work, all its sequences, in order
         self._asked = False
         self._more = True
         self.tokens = {"prompt_tokens": 0, "new_tokens": 0}  # of finished sequences
@@ -33,9 +27,13 @@ class RecordFeed:
         while self._arrived:
             index, id, line = self._arrived.popleft()
             try:
-                scheduler.add(self._preparation.sequence(index, id, line))
+                sequences = self._task.sequences(index, id, line)
             except RecordError as error:
                 self._send([{"index": index, "id": id, "error": {"type": "RecordError", "message": str(error)}}])
+                continue
+            self._unfinished[index] = sequences
+            for sequence in sequences:
+                scheduler.add(sequence)
         missing = scheduler.slots + self._ahead - scheduler.unfinished
         if self._more and not self._asked and missing > 0:
             self._endpoint.send(COORDINATOR, WANT, missing)
@@ -47,10 +45,19 @@ class RecordFeed:
             self._endpoint.wait_until(lambda: bool(self._arrived) or not self._asked)
 
     def finish(self, sequences: list[Sequence]) -> None:
+        """Take in finished sequences; a record is sent when all of its own are."""
+        complete = []
         for sequence in sequences:
+            sequence.finished = True
             self.tokens["prompt_tokens"] += len(sequence.prompt)
             self.tokens["new_tokens"] += len(sequence.new_tokens)
-        self._send([{"index": s.index, "id": s.id, "output": self._preparation.output(s)} for s in sequences])
+            own = self._unfinished[sequence.index]
+            if all(each.finished for each in own):
+                complete.append(own)
+                del self._unfinished[sequence.index]
+        if complete:
+            outputs = [(own[0], self._task.output(own)) for own in complete]
+            self._send([{"index": first.index, "id": first.id, "output": output} for first, output in outputs])
 
     def _receive(self, source: int, body: dict[str, Any]) -> None:
         self._arrived.extend((index, id, line) for index, id, line in body["records"])

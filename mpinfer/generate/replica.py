@@ -2,20 +2,21 @@
 
 import time
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from mpinfer.generate.cache import KVCache
 from mpinfer.generate.feed import RecordFeed
-from mpinfer.generate.prompts import Prompts, stop_token_ids
-from mpinfer.generate.ring import DecodeRing
+from mpinfer.generate.readout import NoReadout
+from mpinfer.generate.ring import DecodeRing, Finish
 from mpinfer.generate.scheduler import Scheduler, Segment, Step
 from mpinfer.generate.stage import DecodeStage, encode_step, header_words
+from mpinfer.generate.tasks import make_task, readout_kind
 from mpinfer.models.decoder import DecoderSkeleton
 from mpinfer.observe.account import Account
 from mpinfer.pipeline.worker import Worker
+from mpinfer.plan.block import vocabulary_share
 from mpinfer.plan.planner import Plan
 from mpinfer.plan.predict import StepTimes
 from mpinfer.plan.schedule import stream
@@ -25,7 +26,7 @@ from mpinfer.transport.endpoint import Endpoint
 from mpinfer.transport.local import LocalChannel
 from mpinfer.transport.message import ChannelPlan, Inbox, Message
 
-_ACTIVATIONS_TAG, _TOKENS_TAG = 1, 2
+_ACTIVATIONS_TAG, _SAMPLES_TAG = 1, 2
 _TYPICAL_LENGTH = 128  # tokens of context of the decode step that is timed
 
 
@@ -35,48 +36,72 @@ class DecodeRank:
     Loads this rank's partition. Raises `ModelError`.
     """
 
-    def __init__(self, endpoint: Endpoint, spec: JobSpec, plan: Plan, skeleton: DecoderSkeleton, device: str) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        spec: JobSpec,
+        plan: Plan,
+        skeleton: DecoderSkeleton,
+        device: str,
+        needs_logits: bool,
+    ) -> None:
         self.coordinates = plan.grid.coordinates(endpoint.rank)
         self._endpoint, self._spec, self._plan = endpoint, spec, plan
         self._account = Account()
-        self._hidden_size, self._dtype = skeleton.hidden_size, skeleton.dtype
+        self._hidden_size, self._final_size, self._dtype = skeleton.hidden_size, skeleton.final_size, skeleton.dtype
         self._inboxes: list[MpiInbox] = []
         self._outboxes: list[MpiOutbox] = []
         self._feed: RecordFeed | None = None
         self._step_tokens = max(spec.generate.step_tokens, plan.micro_batch)  # one of every sequence must fit
         length = skeleton.max_length if spec.generate.max_length == AUTO else spec.generate.max_length
-        self._max_length = min(length, skeleton.max_length)
+        self._max_length = min(length, skeleton.max_length, plan.kv_tokens)
+        generates = spec.model.task == "generate"
+        # A step samples one token of each generating sequence, or any of all its prompts' tokens.
+        self._samples = plan.micro_batch if generates else self._step_tokens
+        self._targets = self._samples if spec.model.task == "score" else 0
 
         started = time.perf_counter()
-        blocks = plan.blocks_of(self.coordinates.stage)
-        self._part = skeleton.load_part(*blocks, device, rows=plan.micro_batch, on_layer=endpoint.progress)
+        stage = self.coordinates.stage
+        kind = readout_kind(spec, needs_logits)
+        vocabulary = range(0) if kind is NoReadout else vocabulary_share(skeleton.vocabulary, stage, plan.stages)
+        self._part = skeleton.load_part(
+            *plan.blocks_of(stage), device, plan.micro_batch, on_layer=endpoint.progress, vocabulary=vocabulary
+        )
         self._load_s = time.perf_counter() - started
+        self._readout = kind(self._part)
+        last = vocabulary_share(skeleton.vocabulary, plan.stages - 1, plan.stages)
+        self._samples_width = self._final_size + kind.width(len(last))
         cache = KVCache(plan.in_flight * plan.micro_batch, self._max_length, device)
         outbox = self._outbox()
         self._inbox: Inbox = (
-            self._ring(skeleton, outbox) if self._part.first else self._inbox_from(self.coordinates.stage - 1)
+            self._ring(skeleton, outbox, needs_logits)
+            if self._part.first
+            else self._inbox_from(self.coordinates.stage - 1)
         )
-        self._stage = DecodeStage(self._part, cache)
+        self._stage = DecodeStage(self._part, cache, NoReadout(self._part) if self._part.first else self._readout)
         self._worker = Worker(self._inbox, self._stage, outbox, self._account)
 
     def step_times(self) -> StepTimes:
         """Time a full prefill step and a decode step of this stage. Also its warm-up; leaves no trace."""
-        plan = self._plan
+        slots = range(self._plan.micro_batch)
         prefill_tokens = min(self._step_tokens, self._max_length)
-        prefill = Step((Segment(0, 0, prefill_tokens, True),), (0,) * prefill_tokens)
         position = min(_TYPICAL_LENGTH, self._max_length) - 1
-        decode = Step(
-            tuple(Segment(slot, position, 1, True) for slot in range(plan.micro_batch)), (0,) * plan.micro_batch
+        return StepTimes(
+            self._time([Segment(0, 0, prefill_tokens, 1)]),
+            self._time([Segment(slot, position, 1, 1) for slot in slots]),
         )
-        return StepTimes(self._time(prefill), self._time(decode))
 
-    def _time(self, step: Step) -> float:
-        message = encode_step(step)
+    def _time(self, segments: list[Segment]) -> float:
+        tokens, samples = (0,) * sum(s.length for s in segments), sum(s.samples for s in segments)
+        message = encode_step(Step(tuple(segments), tokens, (0,) * min(samples, self._targets)))
         if not self._part.first:
-            message = Message(message.header, torch.zeros(len(step.tokens), self._hidden_size, dtype=self._dtype))
-        self._stage.forward(message)
-        started = time.perf_counter()
-        self._stage.forward(message)
+            message = Message(message.header, torch.zeros(len(tokens), self._hidden_size, dtype=self._dtype))
+        hidden = torch.zeros(samples, self._final_size)
+        for _ in range(2):
+            started = time.perf_counter()
+            self._stage.forward(message)
+            if self._part.first:
+                self._readout.reduce(hidden, (0,) * samples)
         return time.perf_counter() - started
 
     def run(self) -> None:
@@ -101,22 +126,15 @@ class DecodeRank:
             "read_s": self._load_s,
         }
 
-    def _ring(self, skeleton: DecoderSkeleton, outbox: Any) -> DecodeRing:
-        """The inbox of a first stage: the scheduler, fed by the coordinator and by the tokens that come back."""
-        generate, plan = self._spec.generate, self._plan
-        directory = Path(self._spec.model.path)
-        scheduler = Scheduler(
-            plan.in_flight,
-            plan.micro_batch,
-            self._step_tokens,
-            generate.max_new_tokens,
-            self._max_length,
-            stop_token_ids(directory, skeleton.config),
-        )
-        prompts = Prompts(directory, skeleton.vocabulary, self._max_length)
-        self._feed = RecordFeed(self._endpoint, prompts, ahead=plan.micro_batch, account=self._account)
-        tokens = outbox if self._part.last else self._inbox_from(plan.stages - 1)
-        return DecodeRing(scheduler, plan.in_flight, self._feed, tokens)
+    def _ring(self, skeleton: DecoderSkeleton, outbox: Any, needs_logits: bool) -> DecodeRing:
+        """The inbox of a first stage: the scheduler, fed by the coordinator and by the steps that come back."""
+        plan = self._plan
+        scheduler = Scheduler(plan.in_flight, plan.micro_batch, self._step_tokens, self._max_length, plan.kv_tokens)
+        task = make_task(self._spec, skeleton, self._max_length, needs_logits)
+        self._feed = RecordFeed(self._endpoint, task, ahead=plan.micro_batch, account=self._account)
+        returned = outbox if self._part.last else self._inbox_from(plan.stages - 1)
+        finish = Finish(task, self._readout, self._final_size, self._account)
+        return DecodeRing(scheduler, plan.in_flight, self._feed, returned, finish)
 
     def _outbox(self) -> Any:
         """To the next stage, or from the last one back to the first."""
@@ -134,17 +152,17 @@ class DecodeRank:
         return inbox
 
     def _channel(self, source: int, destination: int) -> ChannelPlan:
-        """The link between two stages of this replica, from the last to the first for tokens. Same on both ends."""
+        """The link between two stages of this replica, from the last to the first for samples. Same on both ends."""
         plan = self._plan
-        tokens = destination == 0
+        back = destination == 0
         return ChannelPlan(
             source=plan.grid.rank(self.coordinates.replica, source),
             destination=plan.grid.rank(self.coordinates.replica, destination),
-            tag=_TOKENS_TAG if tokens else _ACTIVATIONS_TAG,
-            header_words=header_words(plan.micro_batch),
-            rows=plan.micro_batch if tokens else self._step_tokens,
-            width=1 if tokens else self._hidden_size,
-            dtype=torch.int64 if tokens else self._dtype,
+            tag=_SAMPLES_TAG if back else _ACTIVATIONS_TAG,
+            header_words=header_words(plan.in_flight * plan.micro_batch, plan.micro_batch, self._targets),
+            rows=self._samples if back else self._step_tokens,
+            width=self._samples_width if back else self._hidden_size,
+            dtype=torch.float32 if back else self._dtype,
             depth=plan.in_flight + 1,  # every group, and the end of the stream
         )
 

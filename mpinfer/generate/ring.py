@@ -1,14 +1,20 @@
 """The decode ring: what the first stage of a replica takes its steps from.
 
-A step goes down the stages, its tokens come back from the last stage straight to the first, and the group
-it belongs to takes its next step. With a group in flight for every stage, all stages compute.
+A step goes down the stages, what the last stage reads out of it comes straight back to the first, and the
+group it belongs to takes its next step. With a group in flight for every stage, all stages compute.
 """
 
 from collections import deque
-from typing import Protocol
+from collections.abc import Sequence as Many
+from typing import Any, Protocol
 
+import torch
+
+from mpinfer.generate.readout import Readout
 from mpinfer.generate.scheduler import Scheduler, Sequence
-from mpinfer.generate.stage import encode_step
+from mpinfer.generate.stage import decode_header, encode_step
+from mpinfer.generate.tasks import Task
+from mpinfer.observe.account import Account
 from mpinfer.transport.message import END, Inbox, Message
 
 
@@ -24,13 +30,31 @@ class Source(Protocol):
     def finish(self, sequences: list[Sequence]) -> None: ...
 
 
+class Finish:
+    """The first stage's last word on a step: its own share of the vocabulary, then the task's results."""
+
+    def __init__(self, task: Task, readout: Readout, final_size: int, account: Account) -> None:
+        self._task, self._readout, self._final_size, self._account = task, readout, final_size, account
+
+    def results(self, message: Message, sequences: Many[Sequence]) -> list[Any]:
+        """Of a message that came back from the last stage, one for every sample; `sequences`: of every sample."""
+        if not sequences:
+            return []
+        assert message.payload is not None
+        with self._account.phase("compute"), torch.inference_mode():
+            hidden, share = message.payload[:, : self._final_size], message.payload[:, self._final_size :]
+            own = self._readout.reduce(hidden, decode_header(message.header).targets)
+            shares = [share, own] if share.shape[1] else [own]
+            return self._task.results(hidden, shares, sequences)
+
+
 class DecodeRing:
     """The inbox of a first stage. Not a channel: it makes the messages that the stage receives."""
 
-    def __init__(self, scheduler: Scheduler, groups: int, source: Source, tokens: Inbox) -> None:
-        self._scheduler, self._source, self._tokens = scheduler, source, tokens
+    def __init__(self, scheduler: Scheduler, groups: int, source: Source, returned: Inbox, finish: Finish) -> None:
+        self._scheduler, self._source, self._returned, self._finish = scheduler, source, returned, finish
         self._idle = deque(range(groups))
-        self._in_flight: deque[int] = deque()  # groups, in the order in which their tokens come back
+        self._in_flight: deque[int] = deque()  # groups, in the order in which their steps come back
 
     def take(self, micro_batch: int) -> Message:
         """The next step of whichever group can take one; `END` when there is nothing left to do."""
@@ -47,8 +71,8 @@ class DecodeRing:
 
     def close(self) -> None:
         """Take the end of the stream, which comes back like any step."""
-        self._tokens.take(-1)
-        self._tokens.close()
+        self._returned.take(-1)
+        self._returned.close()
 
     def _next_step(self) -> Message | None:
         for _ in range(len(self._idle)):
@@ -61,10 +85,10 @@ class DecodeRing:
         return None
 
     def _commit(self, micro_batch: int) -> None:
-        message = self._tokens.take(micro_batch)
+        message = self._returned.take(micro_batch)
         group = self._in_flight.popleft()
-        tokens = message.payload[:, 0].tolist() if message.payload is not None else []
-        finished = self._scheduler.commit(group, tokens)
+        results = self._finish.results(message, self._scheduler.sampling(group))
+        finished = self._scheduler.commit(group, results)
         if finished:
             self._source.finish(finished)
         self._idle.append(group)

@@ -4,13 +4,20 @@ A replica has a fixed number of groups in flight, each with a fixed number of sl
 each). Sequences join and leave a group at any step (continuous batching, after Orca). A step holds one token
 of every decoding sequence of its group and fills the rest of its token budget with chunks of prompts, so
 that a long prompt does not hold up the others (chunked prefill, after Sarathi-Serve).
+
+KV memory is a budget of tokens over all slots. A sequence that finds no room waits; when the ones at work
+outgrow the budget, the youngest gives its place up and computes its keys and values again later (preemption
+by recomputation, after vLLM).
 """
 
 from bisect import insort
+from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+_HEADROOM_TOKENS = 16  # that every live sequence can grow by when another is admitted: else it would be out soon
 
 
 class Segment(NamedTuple):
@@ -19,7 +26,7 @@ class Segment(NamedTuple):
     slot: int
     start: int  # position of the first token
     length: int
-    sample: bool  # whether the last token's logits choose the next token
+    samples: int  # of its last tokens, whose final hidden states are wanted
 
 
 @dataclass(frozen=True)
@@ -28,100 +35,152 @@ class Step:
 
     segments: tuple[Segment, ...]
     tokens: tuple[int, ...]  # of all segments, one after another
+    targets: tuple[int, ...] = ()  # tokens to be scored, one for every sample; () when none are
+    released: tuple[int, ...] = ()  # slots whose keys and values are needed no more
 
 
-@dataclass
+@dataclass(frozen=True)
+class Limits:
+    """When a sequence that generates ends."""
+
+    max_new_tokens: int
+    stop_ids: Collection[int] = ()
+    stop_text: Any = None  # called with the new tokens: whether they hold a stop string
+
+    def finish_reason(self, new_tokens: list[int]) -> str:
+        if new_tokens[-1] in self.stop_ids or (self.stop_text is not None and self.stop_text(new_tokens)):
+            return "stop"
+        return "length" if len(new_tokens) == self.max_new_tokens else ""
+
+
+@dataclass(eq=False)
 class Sequence:
-    """One record on its way."""
+    """Tokens on their way: a record, or one of the samples or continuations that it asks for.
 
-    index: int
+    With `limits` it generates: the last token's sample is its next token. Without, only its prompt is computed,
+    and the samples of all tokens from `sample_from` on are its results.
+    """
+
+    index: int  # of its record
     id: str | int
     prompt: list[int]
+    limits: Limits | None = None
+    number: int = 0  # of the sample or continuation
+    sampling: Any = None  # how its tokens are chosen
+    sample_from: int = 0
+    targets: list[int] = field(default_factory=list)  # tokens to be scored, one for every sample
     new_tokens: list[int] = field(default_factory=list)
+    results: list[Any] = field(default_factory=list)  # one for every sample
     finish_reason: str = ""
+    finished: bool = False
     slot: int = -1
-    prefilled: int = 0  # prompt tokens whose keys and values are in the cache, once the current step is through
+    computed: int = 0  # tokens whose keys and values are in the cache, once the current step is through
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.new_tokens)
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        prompt = len(self.prompt)
+        if start >= prompt:
+            return self.new_tokens[start - prompt : stop - prompt]
+        return self.prompt[start:stop] + self.new_tokens[: max(0, stop - prompt)]
+
+    def first_sample(self) -> int:
+        return self.length - 1 if self.limits else self.sample_from
 
 
 @dataclass
 class _Group:
     free_slots: list[int]  # a heap: low slots first keeps the used ones together
-    live: list[Sequence] = field(default_factory=list)
-    sampling: list[Sequence] = field(default_factory=list)  # of the step in flight, in its order
+    live: list[Sequence] = field(default_factory=list)  # by age
+    sampling: list[tuple[Sequence, int]] = field(default_factory=list)  # of the step in flight: samples of each
 
 
 class Scheduler:
-    """The sequences of one replica. `step_tokens` is at least `micro_batch`; `max_length` bounds prompt and new
-    tokens together."""
+    """The sequences of one replica.
 
-    def __init__(
-        self,
-        groups: int,
-        micro_batch: int,
-        step_tokens: int,
-        max_new_tokens: int,
-        max_length: int,
-        stop_ids: Collection[int],
-    ) -> None:
+    `step_tokens` is at least `micro_batch`; `max_length` bounds prompt and new tokens together; `kv_tokens`, at
+    least `max_length`, those of all sequences at work.
+    """
+
+    def __init__(self, groups: int, micro_batch: int, step_tokens: int, max_length: int, kv_tokens: int) -> None:
         self._groups = [_Group(list(range(g * micro_batch, (g + 1) * micro_batch))) for g in range(groups)]
         self._step_tokens = step_tokens
-        self._max_new_tokens, self._max_length = max_new_tokens, max_length
-        self._stop_ids = frozenset(stop_ids)
+        self._max_length, self._kv_tokens = max_length, kv_tokens
         self._waiting: list[Sequence] = []  # shortest prompt first: the end is admitted next
-        self._live = 0
+        self._preempted: deque[Sequence] = deque()  # go before those
+        self._released: list[int] = []
+        self.preemptions = 0
+
+    @property
+    def live(self) -> int:
+        return sum(len(group.live) for group in self._groups)
 
     @property
     def slots(self) -> int:
-        return self._live + sum(len(group.free_slots) for group in self._groups)
+        return self.live + sum(len(group.free_slots) for group in self._groups)
 
     @property
     def unfinished(self) -> int:
-        return self._live + len(self._waiting)
+        return self.live + len(self._waiting) + len(self._preempted)
 
     def add(self, sequence: Sequence) -> None:
-        insort(self._waiting, sequence, key=lambda waiting: (len(waiting.prompt), -waiting.index))
+        insort(self._waiting, sequence, key=lambda waiting: (len(waiting.prompt), -waiting.index, -waiting.number))
 
     def next_step(self, group_index: int) -> Step | None:
         """The next step of a group that has none in flight, or None when it has nothing to do."""
         group = self._groups[group_index]
+        self._preempt(group)
         self._admit(group)
         if not group.live:
             return None
-        group.live.sort(key=lambda sequence: sequence.slot)
+        group.sampling = []
         segments: list[Segment] = []
         tokens: list[int] = []
-        group.sampling = []
-        for sequence in group.live:
-            if sequence.new_tokens:
-                position = len(sequence.prompt) + len(sequence.new_tokens) - 1
-                segments.append(Segment(sequence.slot, position, 1, True))
-                tokens.append(sequence.new_tokens[-1])
-                group.sampling.append(sequence)
-        for sequence in group.live:
-            budget = self._step_tokens - len(tokens)
-            chunk = sequence.prompt[sequence.prefilled : sequence.prefilled + budget]
-            if chunk and not sequence.new_tokens:
-                start = sequence.prefilled
-                sequence.prefilled += len(chunk)
-                complete = sequence.prefilled == len(sequence.prompt)
-                segments.append(Segment(sequence.slot, start, len(chunk), complete))
-                tokens.extend(chunk)
-                if complete:
-                    group.sampling.append(sequence)
-        return Step(tuple(segments), tuple(tokens))
+        targets: list[int] = []
+        by_slot = sorted(group.live, key=lambda sequence: sequence.slot)
+        decoding = [sequence for sequence in by_slot if sequence.length - sequence.computed == 1]
+        prefilling = [sequence for sequence in by_slot if sequence.length - sequence.computed > 1]
+        for sequence in decoding + prefilling:
+            start = sequence.computed
+            stop = min(sequence.length, start + self._step_tokens - len(tokens))
+            if start == stop:
+                continue
+            samples = max(0, stop - max(start, sequence.first_sample()))
+            segments.append(Segment(sequence.slot, start, stop - start, samples))
+            tokens += sequence.tokens(start, stop)
+            if sequence.targets:
+                targets += sequence.targets[len(sequence.results) :][:samples]
+            sequence.computed = stop
+            group.sampling.append((sequence, samples))
+        released, self._released = tuple(self._released), []
+        return Step(tuple(segments), tuple(tokens), tuple(targets), released)
 
-    def commit(self, group_index: int, tokens: Collection[int]) -> list[Sequence]:
-        """Take in the tokens sampled by the group's step in flight; returns the sequences that are finished."""
+    def sampling(self, group_index: int) -> list[Sequence]:
+        """The sequence of every sample of the group's step in flight."""
+        return [sequence for sequence, samples in self._groups[group_index].sampling for _ in range(samples)]
+
+    def commit(self, group_index: int, results: list[Any]) -> list[Sequence]:
+        """Take in the results of the samples of the group's step in flight; returns the sequences that are finished.
+
+        The result of a generating sequence is a pair of its next token and what is to be kept of it.
+        """
         group = self._groups[group_index]
         finished = []
-        for sequence, token in zip(group.sampling, tokens, strict=True):
-            sequence.new_tokens.append(token)
-            sequence.finish_reason = self._finish_reason(sequence, token)
-            if sequence.finish_reason:
+        own = iter(results)
+        for sequence, samples in group.sampling:
+            for _ in range(samples):
+                if sequence.limits is None:
+                    sequence.results.append(next(own))
+                    continue
+                token, kept = next(own)
+                sequence.new_tokens.append(token)
+                sequence.results.append(kept)
+                sequence.finish_reason = self._finish_reason(sequence, sequence.limits)
+            if sequence.finish_reason or (sequence.limits is None and sequence.computed == sequence.length):
                 finished.append(sequence)
-                group.live.remove(sequence)
-                heappush(group.free_slots, sequence.slot)
-        self._live -= len(finished)
+                self._leave(group, sequence)
         group.sampling = []
         return finished
 
@@ -133,17 +192,39 @@ class Scheduler:
         """
         share = -(-self.unfinished // len(self._groups))
         heapify(group.free_slots)
-        while self._waiting and group.free_slots and len(group.live) < share:
-            sequence = self._waiting.pop()
+        while (self._waiting or self._preempted) and group.free_slots and len(group.live) < share:
+            sequence = self._preempted[0] if self._preempted else self._waiting[-1]
+            if self.live and self._held() + sequence.length + _HEADROOM_TOKENS * (self.live + 1) > self._kv_tokens:
+                return  # first come, first served: what fits behind it would keep it waiting for ever
+            if self._preempted:
+                self._preempted.popleft()
+            else:
+                self._waiting.pop()
             sequence.slot = heappop(group.free_slots)
             group.live.append(sequence)
-            self._live += 1
 
-    def _finish_reason(self, sequence: Sequence, token: int) -> str:
-        if token in self._stop_ids:
-            return "stop"
-        if len(sequence.new_tokens) == self._max_new_tokens:
-            return "length"
-        if len(sequence.prompt) + len(sequence.new_tokens) == self._max_length:
-            return "length"
-        return ""
+    def _preempt(self, group: _Group) -> None:
+        """Send the youngest of a group back to wait while all sequences together outgrow the budget. The last one at
+        work stays, since alone it fits."""
+        while group.live and self.live > 1 and self._held() > self._kv_tokens:
+            sequence = group.live[-1]
+            self._leave(group, sequence)
+            sequence.computed = 0
+            if sequence.limits is None:
+                sequence.results.clear()  # they come again
+            self._preempted.append(sequence)
+            self.preemptions += 1
+
+    def _leave(self, group: _Group, sequence: Sequence) -> None:
+        group.live.remove(sequence)
+        heappush(group.free_slots, sequence.slot)
+        self._released.append(sequence.slot)
+
+    def _held(self) -> int:
+        """Tokens whose keys and values are in the cache, or soon will be."""
+        return sum(sequence.length for group in self._groups for sequence in group.live)
+
+    def _finish_reason(self, sequence: Sequence, limits: Limits) -> str:
+        if reason := limits.finish_reason(sequence.new_tokens):
+            return reason
+        return "length" if sequence.length == self._max_length else ""

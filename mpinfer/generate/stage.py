@@ -1,44 +1,65 @@
 """A pipeline stage of a decoder: blocks, their KV cache, and the messages that pass between stages."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
 from mpinfer.generate.cache import KVCache, PackedStep
+from mpinfer.generate.readout import Readout
 from mpinfer.generate.scheduler import Segment, Step
 from mpinfer.models.decoder import DecoderPart
 from mpinfer.transport.message import Message
 
-SEGMENT_WORDS = 4
+_COUNTS, _SEGMENT_WORDS = 2, 4
 
 
-def header_words(segments: int) -> int:
-    """Words of the header of a step with that many segments."""
-    return 1 + SEGMENT_WORDS * segments
+def header_words(slots: int, segments: int, targets: int) -> int:
+    """Most words of the header of a step with that many segments and targets, of a replica with `slots` slots."""
+    return _COUNTS + _SEGMENT_WORDS * segments + slots + targets
+
+
+class Header(NamedTuple):
+    """What every stage must know of a step."""
+
+    segments: list[Segment]
+    released: list[int]
+    targets: list[int]
 
 
 def encode_step(step: Step) -> Message:
     """The message that enters the first stage: segments in the header, token ids [tokens, 1] as payload."""
-    header = np.empty(header_words(len(step.segments)), dtype=np.int32)
-    header[0] = len(step.segments)
-    header[1:] = np.array(step.segments, dtype=np.int32).reshape(-1)
+    counts = [len(step.segments), len(step.released)]
+    segments = [word for segment in step.segments for word in segment]
+    header = np.array([*counts, *segments, *step.released, *step.targets], dtype=np.int32)
     return Message(header, torch.tensor(step.tokens, dtype=torch.int64)[:, None])
 
 
-def decode_segments(header: np.ndarray) -> list[Segment]:
-    rows = header[1:].reshape(int(header[0]), SEGMENT_WORDS).tolist()
-    return [Segment(slot, start, length, bool(sample)) for slot, start, length, sample in rows]
+def decode_header(header: np.ndarray) -> Header:
+    segments, released = header[:_COUNTS].tolist()
+    end = _COUNTS + _SEGMENT_WORDS * segments
+    rows = header[_COUNTS:end].reshape(segments, _SEGMENT_WORDS).tolist()
+    rest = header[end:].tolist()
+    return Header([Segment(*row) for row in rows], rest[:released], rest[released:])
 
 
 class DecodeStage:
     """Keeps no books: all that a step needs travels in its header."""
 
-    def __init__(self, part: DecoderPart, cache: KVCache) -> None:
-        self._part, self._cache = part, cache
+    def __init__(self, part: DecoderPart, cache: KVCache, readout: Readout) -> None:
+        self._part, self._cache, self._readout = part, cache, readout
 
     def forward(self, message: Message) -> Message:
-        """Token ids or activations in; activations, or of the last stage sampled token ids [samples, 1], out."""
+        """Token ids [tokens, 1] or activations [tokens, hidden] in, activations out; of the last stage what it reads
+        out of the final hidden states of the step's samples."""
         assert message.payload is not None
-        step = PackedStep(self._cache, decode_segments(message.header))
+        segments, released, targets = decode_header(message.header)
+        for slot in released:
+            self._cache.release(slot)
+        step = PackedStep(self._cache, segments)
         x = message.payload.to(self._cache.device)
-        y = self._part(x[:, 0] if self._part.first else x, step.positions, step, step.sampled)
-        return Message(message.header, y.argmax(-1, keepdim=True) if self._part.last else y)
+        y = self._part(x[:, 0] if self._part.first else x, step.positions, step)
+        if not self._part.last:
+            return Message(message.header, y)
+        samples = y[step.samples]
+        return Message(message.header, torch.cat([samples.float(), self._readout.reduce(samples, targets)], dim=1))

@@ -22,6 +22,17 @@ class StoredTensor:
     offset: int  # of the first byte, in the file
     size_bytes: int
 
+    def rows(self, rows: range) -> "StoredTensor":
+        """The part that holds rows [start, stop) of the first dimension."""
+        row_bytes = self.size_bytes // self.shape[0]
+        return StoredTensor(
+            self.file,
+            (len(rows), *self.shape[1:]),
+            self.dtype,
+            self.offset + rows.start * row_bytes,
+            len(rows) * row_bytes,
+        )
+
 
 class Checkpoint:
     """The tensors of a model directory, by name. Raises `ModelError` for missing, truncated or damaged files."""

@@ -19,8 +19,9 @@ from mpinfer.errors import ModelError
 from mpinfer.models import attention
 from mpinfer.models.checkpoint import Checkpoint
 from mpinfer.models.linear import LayerTuner, packed_bytes
-from mpinfer.models.sources import computed_buffers, find_sources
-from mpinfer.plan.block import Block, ModelSummary
+from mpinfer.models.sources import Source, computed_buffers, find_sources
+from mpinfer.models.weights import check_shape
+from mpinfer.plan.block import Block, ModelSummary, vocabulary_share
 
 # Pipeline plans of families for which transformers has none: modules of the base model before its layers, the
 # layers, modules after them, in the order in which its forward calls them.
@@ -50,19 +51,39 @@ class DecoderSkeleton:
         self.config = _load_config(directory)
         self.model = _build_without_weights(self.config, self.dtype)
         self.base = self.model.base_model
+        self.final_size: int = self.model.get_output_embeddings().in_features  # of final hidden states
         self._before, self._layers_name, self._after = _pipeline_plan(self.base, self.config)
         self._sources = find_sources(self.model, [name for name, _ in _named_tensors(self.model)], self.checkpoint)
 
-    def summary(self) -> ModelSummary:
-        """Blocks with their weights and costs, for the planner."""
-        head = self.model.get_output_embeddings()
-        blocks = [Block("embed", self._weights_of(self._before, self.base), 0.0, 0.0)]
+    def summary(self, with_head: bool) -> ModelSummary:
+        """Blocks with their weights and costs, for the planner; without the output embedding when no task needs it."""
+        embedding, final = self._weights_of(self._before, self.base), self._weights_of(self._after, self.base)
+        layers = []
         for index, layer in enumerate(self.layers):
             flops = 2.0 * sum(p.numel() for p in layer.parameters() if p.dim() > 1)
-            blocks.append(Block(f"layer.{index}", self._weights(layer), flops, 0.0))
-        final = dict(self._weights_of(self._after, self.base) + self._weights(head))
-        blocks.append(Block("head", tuple(final.items()), 0.0, 2.0 * head.weight.numel()))
-        return ModelSummary(tuple(blocks))
+            layers.append(Block(f"layer.{index}", self._weights(layer), flops, 0.0, self._kv_bytes_per_token()))
+        first = Block("embed", embedding, 0.0, 0.0)
+        if not with_head:
+            return ModelSummary((first, *layers, Block("head", final, 0.0, 0.0)))
+        module = self.model.get_output_embeddings()
+        head, flops = self._weights(module), 2.0 * module.weight.numel()
+        whole = Block("head", tuple(dict(final + head).items()), 0.0, flops)
+
+        def with_share(block: Block, share: range) -> Block:
+            parts = ((f"{n}[{share.start}:{share.stop}]", size // self.vocabulary * len(share)) for n, size in head)
+            return Block(block.name, (*block.weights, *parts), 0.0, flops / self.vocabulary * len(share))
+
+        shares = [vocabulary_share(self.vocabulary, stage, stages=2) for stage in range(2)]
+        ends = with_share(first, shares[0]), with_share(Block("head", final, 0.0, 0.0), shares[1])
+        return ModelSummary((first, *layers, whole), ends)
+
+    def _kv_bytes_per_token(self) -> int:
+        """Of one layer's keys and values."""
+        config = self.config.get_text_config()
+        heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return 2 * kv_heads * head_dim * self.dtype.itemsize
 
     @property
     def hidden_size(self) -> int:
@@ -81,12 +102,15 @@ class DecoderSkeleton:
     def layers(self) -> nn.ModuleList:
         return self.base.get_submodule(self._layers_name)
 
-    def load_part(self, start: int, stop: int, device: str, rows: int, on_layer: Callable[[], None]) -> "DecoderPart":
+    def load_part(
+        self, start: int, stop: int, device: str, rows: int, on_layer: Callable[[], None], vocabulary: range
+    ) -> "DecoderPart":
         """Keep blocks [start, stop), fill them from the checkpoint and return them ready to run.
 
         The skeleton is used up: what other ranks hold is dropped from it. `rows` is the typical number of
         tokens in a step, for which linear layers are tuned. `on_layer` is called before each layer (the
-        transport makes progress there).
+        transport makes progress there). `vocabulary` is the part's share of the output embedding, whatever its
+        blocks: head is only the final norm here.
         """
         head = len(self.layers) + 1
         first, last = start == 0, stop == head + 1
@@ -94,11 +118,16 @@ class DecoderSkeleton:
         for layer in own_layers:
             layer.register_forward_pre_hook(lambda *_: on_layer())
         entry = None if first else _Entry(own_layers[0] if own_layers else self.base.get_submodule(self._after[0]))
+        body = self.base.get_submodule(self._layers_name.rpartition(".")[0])
         self._drop_others(start, stop)
+        self._keep_vocabulary(vocabulary)
         tuner = LayerTuner(rows)
         read_bytes = self._fill(device, tuner)
         self.model.to(device)  # the buffers that are computed, not loaded
-        return DecoderPart(self.model, entry, first, last, read_bytes, dict(tuner.kernels))
+        shortcut = _Shortcut(body)
+        return DecoderPart(
+            self.model, entry, shortcut, vocabulary, self.final_size, first, last, read_bytes, tuner.kernels
+        )
 
     def _fill(self, device: str, tuner: LayerTuner) -> int:
         """Load and tune one module after the other, so that no two are in memory in both forms; bytes read."""
@@ -136,7 +165,24 @@ class DecoderSkeleton:
         if stop <= head:
             for name in self._after:
                 self.base.set_submodule(name, _Bypass())
+
+    def _keep_vocabulary(self, vocabulary: range) -> None:
+        """Leave only these rows of the output embedding."""
+        whole = self.model.get_output_embeddings()
+        if len(vocabulary) == whole.out_features:
+            return
+        if not vocabulary:
             self.model.set_output_embeddings(nn.Identity())
+            return
+        path = next(name for name, module in self.model.named_modules() if module is whole)
+        share = nn.Linear(whole.in_features, len(vocabulary), whole.bias is not None, "meta", self.dtype)
+        self.model.set_output_embeddings(share)
+        for leaf, tensor in whole.named_parameters():
+            (stored,) = self._sources[f"{path}.{leaf}"].names
+            check_shape(self.checkpoint.tensors[stored], stored, tensor)
+            name = f"{stored}[{vocabulary.start}:{vocabulary.stop}]"
+            self.checkpoint.tensors[name] = self.checkpoint.tensors[stored].rows(vocabulary)
+            self._sources[f"{path}.{leaf}"] = Source({"": [name]})
 
     def _weights(self, module: nn.Module) -> tuple[tuple[str, int], ...]:
         """(name, bytes held) of a module's tensors; tied ones have one name, whichever module they are seen from."""
@@ -152,14 +198,25 @@ class DecoderPart(nn.Module):
     """Consecutive blocks of a decoder, with weights."""
 
     def __init__(
-        self, model: Any, entry: "_Entry | None", first: bool, last: bool, read_bytes: int, kernels: dict[str, int]
+        self,
+        model: Any,
+        entry: "_Entry | None",
+        shortcut: "_Shortcut",
+        vocabulary: range,
+        final_size: int,
+        first: bool,
+        last: bool,
+        read_bytes: int,
+        kernels: dict[str, int],
     ) -> None:
         super().__init__()
         self.model = model
-        self._entry = entry
+        self._entry, self._shortcut = entry, shortcut
+        self.vocabulary = vocabulary  # tokens of which this part computes logits
+        self.final_size = final_size  # of the hidden states that logits are computed from
         self.first, self.last = first, last
         self.read_bytes = read_bytes
-        self.kernels = kernels  # linear layers by the kernel they use
+        self.kernels = dict(kernels)  # linear layers by the kernel they use
 
     @property
     def weight_bytes(self) -> int:
@@ -173,17 +230,24 @@ class DecoderPart(nn.Module):
         x: torch.Tensor,  # first part: token ids [tokens]; others: activations [tokens, hidden]
         positions: torch.Tensor,  # [tokens]
         packed: attention.PackedAttention,
-        sampled: torch.Tensor,  # rows whose logits are wanted, [samples]; only the last part looks at it
     ) -> torch.Tensor:
-        """Activations [tokens, hidden]; of the last part logits [samples, vocabulary]."""
+        """Activations [tokens, hidden]; of the last part final hidden states, ready for the output embedding."""
         arguments: dict[str, Any] = {"position_ids": positions[None], "use_cache": False, "packed": packed}
         if self._entry is None:
             arguments["input_ids"] = x[None]
         else:
             arguments["inputs_embeds"] = self._entry.activation = x[None]
-        if not self.last:
-            return self.model.base_model(**arguments).last_hidden_state[0]
-        return self.model(**arguments, logits_to_keep=sampled).logits[0]
+        return self.model.base_model(**arguments).last_hidden_state[0]
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [samples, len(vocabulary)] of final hidden states [samples, hidden], computed here or elsewhere.
+
+        By the model's own forward, which may scale or cap them, past all that comes before its output embedding.
+        """
+        hidden = hidden.to(next(self.model.parameters()))[None]
+        with self._shortcut.to(hidden):
+            return self.model(inputs_embeds=hidden, use_cache=False).logits[0]
 
 
 class _Entry:
@@ -199,6 +263,31 @@ class _Entry:
         if args:
             return (self.activation, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": self.activation}
+
+
+class _Shortcut:
+    """Makes a module give what it is told to, instead of computing."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    @contextlib.contextmanager
+    def to(self, output: torch.Tensor) -> Iterator[None]:
+        self._module.forward = lambda *_, **__: _Output(output)
+        try:
+            yield
+        finally:
+            del self._module.forward
+
+
+class _Output:
+    """The output of a base model, of which only one thing is known."""
+
+    def __init__(self, last_hidden_state: torch.Tensor) -> None:
+        self.last_hidden_state = last_hidden_state
+
+    def __getattr__(self, name: str) -> None:
+        return None  # past keys and values, attentions, router logits: nobody asked for them
 
 
 class _Bypass(nn.Module):

@@ -5,7 +5,7 @@ from math import prod
 import torch
 
 from mpinfer.errors import ModelError
-from mpinfer.models.checkpoint import Checkpoint
+from mpinfer.models.checkpoint import Checkpoint, StoredTensor
 
 _DTYPES = {
     "F64": torch.float64,
@@ -21,6 +21,15 @@ _DTYPES = {
 }
 
 
+def check_shape(stored: StoredTensor, name: str, target: torch.Tensor) -> None:
+    """Raises `ModelError` when a stored tensor is not of the shape that the model asks for."""
+    if stored.shape != tuple(target.shape):
+        raise ModelError(
+            f"{stored.file}: tensor {name!r} has shape {list(stored.shape)}, config.json asks for "
+            f"{list(target.shape)}; check that they are of the same model"
+        )
+
+
 def read_into(checkpoint: Checkpoint, name: str, target: torch.Tensor) -> int:
     """Fill `target` with a stored tensor, converted to its dtype; returns the bytes read.
 
@@ -29,11 +38,7 @@ def read_into(checkpoint: Checkpoint, name: str, target: torch.Tensor) -> int:
     shape disagrees with the architecture or the file ends early.
     """
     stored = checkpoint.tensors[name]
-    if stored.shape != tuple(target.shape):
-        raise ModelError(
-            f"{stored.file}: tensor {name!r} has shape {list(stored.shape)}, config.json asks for "
-            f"{list(target.shape)}; check that they are of the same model"
-        )
+    check_shape(stored, name, target)
     dtype = _DTYPES.get(stored.dtype)
     if dtype is None or stored.size_bytes != prod(stored.shape) * dtype.itemsize:
         raise ModelError(f"{stored.file}: tensor {name!r} of dtype {stored.dtype} cannot be read; convert the model")

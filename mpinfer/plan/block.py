@@ -12,6 +12,7 @@ class Block:
     weights: tuple[tuple[str, int], ...]  # (tensor name, bytes in the job's dtype)
     flops_per_token: float  # for every token that enters the model
     flops_per_sample: float  # for every token that is sampled: the head sees only those
+    kv_bytes_per_token: int = 0  # of keys and values
 
     @property
     def weight_bytes(self) -> int:
@@ -20,9 +21,19 @@ class Block:
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """A model as an ordered list of blocks."""
+    """A model as an ordered list of blocks.
+
+    `ends`: first and last block of a pipeline of several stages, when its ends share the output embedding.
+    """
 
     blocks: tuple[Block, ...]
+    ends: tuple[Block, Block] | None = None
+
+    def for_stages(self, stages: int) -> "ModelSummary":
+        """The blocks as a pipeline of so many stages holds them."""
+        if stages == 1 or self.ends is None:
+            return ModelSummary(self.blocks)
+        return ModelSummary((self.ends[0], *self.blocks[1:-1], self.ends[1]))
 
     @property
     def weight_bytes(self) -> int:
@@ -32,6 +43,19 @@ class ModelSummary:
         """Bytes that a rank holds for blocks [start, stop): a tensor that two of them share counts once."""
         return sum({name: size for block in self.blocks[start:stop] for name, size in block.weights}.values())
 
+    def kv_bytes_per_token_of(self, start: int, stop: int) -> int:
+        return sum(block.kv_bytes_per_token for block in self.blocks[start:stop])
+
+
+def vocabulary_share(vocabulary: int, stage: int, stages: int) -> range:
+    """The tokens whose logits a stage computes: its ends share the vocabulary of a pipeline."""
+    half = vocabulary // 2
+    if stages == 1:
+        return range(vocabulary)
+    if stage == stages - 1:
+        return range(half)
+    return range(half, vocabulary) if stage == 0 else range(0)
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -40,14 +64,16 @@ class Workload:
     records: int
     prompt_tokens: float  # estimate, over all records
     new_tokens: float  # upper bound, over all records
+    samples: float  # tokens whose logits are computed, over all records
 
     def part(self, fraction: float) -> "Workload":
         """A fraction of this workload's records."""
-        return Workload(round(self.records * fraction), self.prompt_tokens * fraction, self.new_tokens * fraction)
+        totals = (self.prompt_tokens, self.new_tokens, self.samples)
+        return Workload(round(self.records * fraction), *(total * fraction for total in totals))
 
     def cost(self, block: Block) -> float:
         """FLOPs that this workload asks of a block."""
-        return block.flops_per_token * (self.prompt_tokens + self.new_tokens) + block.flops_per_sample * self.new_tokens
+        return block.flops_per_token * (self.prompt_tokens + self.new_tokens) + block.flops_per_sample * self.samples
 
 
 def costs(blocks: Sequence[Block], workload: Workload) -> list[float]:

@@ -16,7 +16,8 @@ from mpinfer.plan.partition import part_costs, partition
 from mpinfer.spec import AUTO, ParallelSpec
 
 MAX_MICRO_BATCH = 64  # sequences; beyond it a step of small GEMMs gains little and takes long to join or leave
-MEMORY_SHARE = 0.7  # of a rank's memory that weights may take; the rest is KV cache, activations, libraries
+MEMORY_SHARE = 0.7  # of a rank's memory that weights may take
+KV_MEMORY_SHARE = 0.85  # that weights and KV cache may take together; the rest is activations and libraries
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Plan:
     cuts: tuple[int, ...]
     micro_batch: int  # sequences in a group
     in_flight: int  # groups of a replica
+    kv_tokens: int  # of all sequences of a replica at work, that every stage's KV cache has room for
     reasons: tuple[str, ...]
 
     @property
@@ -51,8 +53,12 @@ def make_plan(
     model: ModelSummary,
     workload: Workload,
     rank_memory_bytes: Sequence[int],
+    kv_cache_bytes: int | None = None,
 ) -> Plan:
-    """Lay `model` out over one rank per entry of `rank_memory_bytes`; raises `PlanError` with figures."""
+    """Lay `model` out over one rank per entry of `rank_memory_bytes`; raises `PlanError` with figures.
+
+    `kv_cache_bytes`: what a rank's KV cache may take; None: what its weights leave of its memory.
+    """
     ranks, blocks = len(rank_memory_bytes), len(model.blocks)
     reasons: list[str] = []
     shards = 1
@@ -70,7 +76,9 @@ def make_plan(
             f"parallel.replicas={replicas} x parallel.stages={stages}: needs {replicas * stages} ranks, the world has "
             f"{ranks}; start {replicas * stages} ranks or set one of them to auto"
         )
+    model = model.for_stages(stages)
     cuts = partition(costs(model.blocks, workload), stages)
+    kv_tokens = _kv_tokens(model, cuts, rank_memory_bytes, kv_cache_bytes, reasons)
     in_flight = _given_or(parallel.in_flight, lambda: stages)
     if in_flight < stages:
         raise PlanError(
@@ -84,11 +92,12 @@ def make_plan(
             f"micro_batch {micro_batch}: {workload.records} records over {replicas * in_flight} groups, "
             f"at most {MAX_MICRO_BATCH}"
         )
-    return Plan(replicas, stages, shards, cuts, micro_batch, in_flight, tuple(reasons))
+    return Plan(replicas, stages, shards, cuts, micro_batch, in_flight, kv_tokens, tuple(reasons))
 
 
 def describe(plan: Plan, model: ModelSummary, workload: Workload) -> str:
     """The plan as a table for people, with the reasons for what it chose."""
+    model = model.for_stages(plan.stages)
     total = costs(model.blocks, workload)
     parts = part_costs(total, plan.cuts)
     lines = [
@@ -111,6 +120,33 @@ def _given_or(value: Any, choose: Any) -> int:
     return choose() if value == AUTO else value
 
 
+def _kv_tokens(
+    model: ModelSummary,
+    cuts: Sequence[int],
+    rank_memory_bytes: Sequence[int],
+    kv_cache_bytes: int | None,
+    reasons: list[str],
+) -> int:
+    """The tokens that the tightest stage has room for. Raises `PlanError` when there is none."""
+    memory = min(rank_memory_bytes)
+    rooms = []  # tokens, bytes and bytes of weights by stage
+    for start, stop in pairwise(cuts):
+        weights = model.weight_bytes_of(start, stop)
+        room = int(KV_MEMORY_SHARE * memory) - weights if kv_cache_bytes is None else kv_cache_bytes
+        rooms.append((room // max(1, model.kv_bytes_per_token_of(start, stop)), room, weights))
+    tokens, room, weights = min(rooms)
+    if tokens < 1:
+        raise PlanError(
+            f"KV cache of {room / 1e6:.0f} MB a rank: has no room for a token (a rank has {memory / 1e6:.0f} MB, of "
+            f"which weights take {weights / 1e6:.0f} MB); use more stages, or raise generate.kv_cache_gb"
+        )
+    given = "what weights leave" if kv_cache_bytes is None else "as given"
+    reasons.append(
+        f"KV cache up to {room / 1e6:.0f} MB a rank ({given}): room for {tokens} tokens at work in a replica"
+    )
+    return tokens
+
+
 def _fewest_stages(
     parallel: ParallelSpec,
     model: ModelSummary,
@@ -131,8 +167,9 @@ def _fewest_stages(
     limit = MEMORY_SHARE * min(rank_memory_bytes)
     largest = 0
     for stages in (n for n in range(1, ranks + 1) if ranks % n == 0 and n <= len(model.blocks)):
-        cuts = partition(costs(model.blocks, workload), stages)
-        largest = max(model.weight_bytes_of(start, stop) for start, stop in pairwise(cuts))
+        split = model.for_stages(stages)
+        cuts = partition(costs(split.blocks, workload), stages)
+        largest = max(split.weight_bytes_of(start, stop) for start, stop in pairwise(cuts))
         verdict = f"{stages} stages: largest {largest / 1e6:.1f} MB of weights against {limit / 1e6:.0f} MB a rank"
         if largest <= limit:
             reasons.append(f"{verdict}, fits: fewest stages win")

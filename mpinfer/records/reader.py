@@ -14,8 +14,6 @@ from mpinfer.errors import InputError
 
 LINE_LIMIT_BYTES = 64 * 2**20
 
-_GENERATE_FIELDS = ("prompt", "messages", "token_ids")
-
 
 class JsonlInput:
     """Records of a JSONL file, by index; their text stays in the file, only byte offsets are held.
@@ -124,32 +122,6 @@ class JsonlInput:
                 piece = self._file.readline(LINE_LIMIT_BYTES + 1)
                 update(piece)
             yield line
-
-
-def check_generate(record: dict[str, Any]) -> str | None:
-    """What is wrong with a record of the task generate, in words; None when nothing is.
-
-    An empty prompt or an empty list of tokens passes: it cannot be computed, but that is an error of the one
-    record and not of the input.
-    """
-    given = [name for name in _GENERATE_FIELDS if name in record]
-    if not given:
-        return f"missing field: one of {', '.join(_GENERATE_FIELDS)} is needed"
-    if len(given) > 1:
-        return f"{' and '.join(given)} are given together, but exactly one is allowed"
-    value = record[given[0]]
-    match given[0]:
-        case "prompt" if not isinstance(value, str):
-            return f"prompt must be a string, not {reprlib.repr(value)}"
-        case "messages" if not isinstance(value, list) or not value or not all(map(_is_message, value)):
-            return 'messages must be a non-empty list of {"role": string, "content": string}'
-        case "token_ids" if not isinstance(value, list) or not all(type(t) is int and t >= 0 for t in value):
-            return "token_ids must be a list of integers from 0 up"
-    return None
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
 
 
 def _check_line(

@@ -18,7 +18,8 @@ import yaml
 from harness import Mpi, Tiny, assert_token_rule, find_mpis, mpirun, read_jsonl, require, write_jsonl
 
 from mpinfer.records.journal import Journal
-from mpinfer.records.reader import JsonlInput, check_generate
+from mpinfer.records.reader import JsonlInput
+from mpinfer.records.rules import RecordRules
 from mpinfer.spec import load_spec
 
 LIMIT_S = 10  # on a machine that is slow today: twice what a good job takes to get as far
@@ -66,7 +67,7 @@ class Job:
 
     def begin(self) -> Journal:
         """Start this job's journal, as a run does, and keep one result in it."""
-        records = JsonlInput(self.input, check_generate)
+        records = JsonlInput(self.input, RecordRules(load_spec(self.file)).problem)
         journal = Journal.open(self.output, load_spec(self.file).identity(), records.sha256, records.ids, resume=False)
         journal.append({"index": 0, "id": records.ids[0], "output": {"token_ids": [1]}})
         journal.flush()
@@ -153,9 +154,9 @@ def override_of_unknown_key(job: Job) -> None:
     job.options = ["--set", "generate.steps=2"]
 
 
-@case(r"generate\.temperature=0\.7", "only greedy", "use 0.0")
+@case(r"generate\.temperature=-1", "at least 0", "raise it")
 def temperature(job: Job) -> None:
-    job.write(generate={"temperature": 0.7})
+    job.write(generate={"temperature": -1})
 
 
 # -- the layout

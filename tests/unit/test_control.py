@@ -11,11 +11,13 @@ import torch
 from mpinfer.coordinator.dispatch import Coordinator
 from mpinfer.errors import RecordError
 from mpinfer.generate.feed import RecordFeed
-from mpinfer.generate.prompts import Prompts, stop_token_ids
-from mpinfer.generate.scheduler import Scheduler, Sequence
+from mpinfer.generate.scheduler import Limits, Scheduler, Sequence
+from mpinfer.generate.tasks import Generate
+from mpinfer.generate.text import Text, stop_token_ids
 from mpinfer.observe.account import PHASES, Account
 from mpinfer.observe.report import Before, timing, timing_table
 from mpinfer.plan.planner import Plan
+from mpinfer.spec import GenerateSpec
 from mpinfer.transport.control import ACCOUNT, RECORDS, RESULTS, WANT
 from mpinfer.transport.message import END, ChannelPlan, Message, SlotLayout
 
@@ -140,19 +142,19 @@ def test_the_coordinator_is_finished_when_results_and_accounts_are_in():
 class Doubtful:
     """Prepares records; refuses the odd ones."""
 
-    def sequence(self, index, id, line):
+    def sequences(self, index, id, line):
         if index % 2:
             raise RecordError("odd: refused; be even")
-        return Sequence(index, id, json.loads(line)["token_ids"])
+        return [Sequence(index, id, json.loads(line)["token_ids"], Limits(4), number) for number in range(2)]
 
-    def output(self, sequence):
-        return {"token_ids": sequence.new_tokens}
+    def output(self, sequences):
+        return {"token_ids": [sequence.new_tokens for sequence in sequences]}
 
 
 def test_the_feed_keeps_the_scheduler_stocked_and_reports_bad_records():
     control = Loopback()
     feed = RecordFeed(control, Doubtful(), ahead=1, account=Account())
-    scheduler = Scheduler(1, 2, 8, 4, 100, set())
+    scheduler = Scheduler(1, 2, 8, 100, 100)
     assert feed.refill(scheduler)
     assert control.sent == [(0, WANT, 3)]  # two slots and one ahead
     feed.refill(scheduler)
@@ -160,32 +162,39 @@ def test_the_feed_keeps_the_scheduler_stocked_and_reports_bad_records():
     control.send(0, RECORDS, {"records": [[0, "a", '{"token_ids": [1]}'], [1, "b", "{}"]], "more": True})
     feed.wait()
     feed.refill(scheduler)
-    assert scheduler.unfinished == 1
+    assert scheduler.unfinished == 2
     assert control.sent[-2] == (
         0,
         RESULTS,
         [{"index": 1, "id": "b", "error": {"type": "RecordError", "message": "odd: refused; be even"}}],
     )
-    assert control.sent[-1] == (0, WANT, 2)
+    assert control.sent[-1] == (0, WANT, 1)
     control.send(0, RECORDS, {"records": [], "more": False})
     feed.wait()
     assert not feed.refill(scheduler)
-    feed.finish([Sequence(0, "a", [1], new_tokens=[5, 6], finish_reason="length")])
-    assert control.sent[-1] == (0, RESULTS, [{"index": 0, "id": "a", "output": {"token_ids": [5, 6]}}])
-    assert feed.tokens == {"prompt_tokens": 1, "new_tokens": 2}
+    scheduler.next_step(0)
+    first, second = scheduler.sampling(0)
+    first.new_tokens, second.new_tokens = [5, 6], [7]
+    feed.finish([second])
+    assert control.sent[-1][1] == RECORDS  # nothing sent: the record's other sample is still at work
+    feed.finish([first])
+    assert control.sent[-1] == (0, RESULTS, [{"index": 0, "id": "a", "output": {"token_ids": [[5, 6], [7]]}}])
+    assert feed.tokens == {"prompt_tokens": 2, "new_tokens": 3}
 
 
 def test_prompts_without_a_tokenizer(tmp_path):
-    prompts = Prompts(tmp_path, vocabulary=10, max_length=4)
-    assert prompts.sequence(3, "x", '{"token_ids": [1, 9]}').prompt == [1, 9]
+    task = Generate(Text(tmp_path, 10), GenerateSpec(), set(), max_length=4, needs_logits=False)
+    (sequence,) = task.sequences(3, "x", '{"token_ids": [1, 9]}')
+    assert sequence.prompt == [1, 9]
     for record, word in (
         ({"token_ids": []}, "empty"),
         ({"token_ids": [10]}, "vocabulary of 10"),
         ({"token_ids": [1, 2, 3, 4]}, "has 4 tokens"),
         ({"prompt": "hello"}, "no tokenizer"),
+        ({"token_ids": [1], "generate": {"stop": "."}}, "no tokenizer"),
     ):
         with pytest.raises(RecordError, match=word):
-            prompts.sequence(0, "x", json.dumps(record))
+            task.sequences(0, "x", json.dumps(record))
 
 
 def test_stop_ids_follow_the_generation_config(tiny_llama, tmp_path):
@@ -211,7 +220,7 @@ def account_of(rank, **seconds):
 
 
 def test_timing_adds_up():
-    plan = Plan(1, 2, 1, (0, 1, 2), 4, 2, ())
+    plan = Plan(1, 2, 1, (0, 1, 2), 4, 2, 100, ())
     accounts = [account_of(0, compute=6, receive_wait=2, overhead=2), account_of(1, compute=3, send_wait=1, idle=4)]
     report = timing(plan, 5, 10.0, Before(1.0, 2.0, 9.0), accounts)
     assert report["ranks"][1]["idle_s"] == 6.0  # it ended two seconds early

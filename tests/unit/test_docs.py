@@ -48,6 +48,7 @@ def test_the_job_file_document_has_the_keys_of_the_spec() -> None:
 @pytest.mark.parametrize(("key", "hint", "default"), list(keys()), ids=[key for key, _, _ in keys()])
 def test_the_job_file_document_has_defaults_and_choices(key: str, hint: Any, default: Any) -> None:
     kind, shown = rows()[key]
+    default = list(default) if isinstance(default, tuple) else default
     assert shown == "required" if default is dataclasses.MISSING else yaml.safe_load(shown.strip("`")) == default
     assert re.findall("`(.+?)`", kind) == [str(choice) for choice in choices(hint)]
 

@@ -9,14 +9,19 @@ import pytest
 import torch
 
 from mpinfer.generate.cache import KVCache, PackedStep
-from mpinfer.generate.ring import DecodeRing
-from mpinfer.generate.scheduler import Scheduler, Segment, Sequence
+from mpinfer.generate.readout import Best, NoReadout
+from mpinfer.generate.ring import DecodeRing, Finish
+from mpinfer.generate.scheduler import Limits, Scheduler, Segment, Sequence
 from mpinfer.generate.stage import DecodeStage
+from mpinfer.generate.tasks import Generate
+from mpinfer.generate.text import Text
 from mpinfer.models.decoder import DecoderSkeleton
 from mpinfer.models.linear import PackedLinear
 from mpinfer.observe.account import Account
 from mpinfer.pipeline.worker import Worker
+from mpinfer.plan.block import vocabulary_share
 from mpinfer.plan.schedule import stream
+from mpinfer.spec import GenerateSpec
 from mpinfer.transport.local import LocalChannel
 
 MAX_NEW = 6
@@ -51,25 +56,38 @@ def reference(model, prompt):
     return out[0, len(prompt) :].tolist()
 
 
-def decode(directory, cuts, groups, micro_batch, step_tokens):
-    """Run the stages between `cuts` in threads that are linked by local channels; tokens by record."""
-    length = 64
-    parts = [
-        DecoderSkeleton(directory, "float32").load_part(start, stop, "cpu", 4, lambda: None)
-        for start, stop in itertools.pairwise(cuts)
-    ]
+def load(directory, cuts, stage):
+    """The part of one of the stages between `cuts`."""
+    skeleton = DecoderSkeleton(directory, "float32")
+    vocabulary = vocabulary_share(skeleton.vocabulary, stage, len(cuts) - 1)
+    return skeleton.load_part(*cuts[stage : stage + 2], "cpu", 4, lambda: None, vocabulary)
+
+
+def run(parts, scheduler, groups, slots, source, task, kind=Best, length=64):
+    """Run the stages in threads that are linked by local channels, until all of the source's sequences are finished."""
     channels = [LocalChannel() for _ in parts]  # channel s leads from stage s to the next, the last one back
-    source = Records(Sequence(index, index, prompt) for index, prompt in enumerate(prompts()))
-    scheduler = Scheduler(groups, micro_batch, step_tokens, MAX_NEW, length, {2})
-    inboxes = [DecodeRing(scheduler, groups, source, channels[-1]), *channels[:-1]]
-    workers = [
-        Worker(inbox, DecodeStage(part, KVCache(groups * micro_batch, length, "cpu")), channel, Account())
-        for inbox, part, channel in zip(inboxes, parts, channels, strict=True)
+    finish = Finish(task, kind(parts[0]), parts[0].final_size, Account())
+    inboxes = [DecodeRing(scheduler, groups, source, channels[-1], finish), *channels[:-1]]
+    readouts = [NoReadout(parts[0]), *(kind(part) for part in parts[1:])]
+    stages = [
+        DecodeStage(part, KVCache(slots, length, "cpu"), readout) for part, readout in zip(parts, readouts, strict=True)
     ]
+    workers = [Worker(*ends, Account()) for ends in zip(inboxes, stages, channels, strict=True)]
     first, *later = workers
     for worker in later:
         threading.Thread(target=worker.run, args=[stream()], daemon=True).start()
     first.run(stream())  # in this thread: it ends last, and its errors are the test's
+
+
+def decode(directory, cuts, groups, micro_batch, step_tokens, kv_tokens=10_000):
+    """Greedy tokens by record."""
+    length = 64
+    parts = [load(directory, cuts, stage) for stage in range(len(cuts) - 1)]
+    limits = Limits(MAX_NEW, {2})
+    source = Records(Sequence(index, index, prompt, limits) for index, prompt in enumerate(prompts()))
+    scheduler = Scheduler(groups, micro_batch, step_tokens, length, kv_tokens)
+    task = Generate(Text(directory, 128), GenerateSpec(), {2}, length, needs_logits=False)
+    run(parts, scheduler, groups, groups * micro_batch, source, task)
     return {index: s.new_tokens for index, s in source.finished.items()}
 
 
@@ -89,13 +107,14 @@ def test_sliding_window_and_any_batching_equal_transformers(tiny_mistral, groups
 
 def test_each_part_reads_only_its_own_tensors(tiny_llama):
     directory, model = tiny_llama
-    summary = DecoderSkeleton(directory, "float32").summary()
+    whole = DecoderSkeleton(directory, "float32").summary(with_head=True)
     embedding_bytes = model.lm_head.weight.nbytes
-    for start, stop in ((0, 6), (0, 3), (3, 6), (2, 4)):
-        part = DecoderSkeleton(directory, "float32").load_part(start, stop, "cpu", 4, lambda: None)
-        assert part.read_bytes == summary.weight_bytes_of(start, stop)
+    for cuts, stage in (((0, 6), 0), ((0, 3, 6), 0), ((0, 3, 6), 1), ((0, 2, 4, 6), 1)):
+        part = load(directory, cuts, stage)
+        summary = whole.for_stages(len(cuts) - 1)
+        assert part.read_bytes == summary.weight_bytes_of(*cuts[stage : stage + 2])
         # A head that is packed apart from the embedding it is tied to is held twice.
-        assert part.weight_bytes - part.read_bytes in ({0, embedding_bytes} if (start, stop) == (0, 6) else {0})
+        assert part.weight_bytes - part.read_bytes in ({0, embedding_bytes} if cuts == (0, 6) else {0})
 
 
 def test_packed_linear_layers_compute_the_same():
@@ -109,7 +128,7 @@ def test_packed_linear_layers_compute_the_same():
 
 def test_summary_adds_up_to_the_model(tiny_llama):
     directory, model = tiny_llama
-    summary = DecoderSkeleton(directory, "float32").summary()
+    summary = DecoderSkeleton(directory, "float32").summary(with_head=True)
     assert [block.name for block in summary.blocks] == ["embed", *(f"layer.{i}" for i in range(4)), "head"]
     assert summary.weight_bytes == sum(p.numel() * 4 for p in model.parameters())
     assert summary.blocks[1].flops_per_token == 2 * sum(
@@ -120,9 +139,9 @@ def test_summary_adds_up_to_the_model(tiny_llama):
 def test_progress_is_called_before_every_own_layer(tiny_llama):
     directory, _ = tiny_llama
     calls = []
-    part = DecoderSkeleton(directory, "float32").load_part(0, 3, "cpu", 4, lambda: calls.append(1))
-    step = PackedStep(KVCache(1, 8, "cpu"), [Segment(0, 0, 2, True)])
-    part(torch.tensor([3, 4]), step.positions, step, step.sampled)
+    part = DecoderSkeleton(directory, "float32").load_part(0, 3, "cpu", 4, lambda: calls.append(1), range(0))
+    step = PackedStep(KVCache(1, 8, "cpu"), [Segment(0, 0, 2, 1)])
+    part(torch.tensor([3, 4]), step.positions, step)
     assert len(calls) == 2
 
 
@@ -146,10 +165,10 @@ def test_packed_attention_equals_a_loop(window):
     cache = KVCache(slots=5, capacity=16, device="cpu")
     history = {slot: [torch.empty(0, kv_heads, dim), torch.empty(0, kv_heads, dim)] for slot in range(5)}
     steps = [
-        [Segment(0, 0, 4, True), Segment(1, 0, 7, True), Segment(3, 0, 2, False)],
-        [Segment(0, 4, 1, True), Segment(1, 7, 1, True), Segment(3, 2, 5, True), Segment(4, 0, 1, True)],
-        [Segment(1, 8, 1, True), Segment(3, 7, 1, True), Segment(4, 1, 1, True)],
-        [Segment(0, 0, 3, True)],  # the slot of a sequence that has left
+        [Segment(0, 0, 4, 1), Segment(1, 0, 7, 1), Segment(3, 0, 2, 0)],
+        [Segment(0, 4, 1, 1), Segment(1, 7, 1, 1), Segment(3, 2, 5, 1), Segment(4, 0, 1, 1)],
+        [Segment(1, 8, 1, 1), Segment(3, 7, 1, 1), Segment(4, 1, 1, 1)],
+        [Segment(0, 0, 3, 1)],  # the slot of a sequence that has left
     ]
     for segments in steps:
         step = PackedStep(cache, segments)
@@ -165,10 +184,10 @@ def test_packed_attention_equals_a_loop(window):
             expected = naive_attention(q[rows], *history[s.slot], 0.5, window)
             torch.testing.assert_close(out[rows], expected, rtol=1e-5, atol=1e-6)
             row += s.length
-        assert step.sampled.tolist() == [
+        assert step.samples.tolist() == [
             end - 1
             for end, s in zip(itertools.accumulate(x.length for x in segments), segments, strict=True)
-            if s.sample
+            if s.samples
         ]
 
 
@@ -179,7 +198,7 @@ def test_a_cache_takes_memory_only_for_what_is_written():
 
     before = resident_bytes()
     cache = KVCache(slots=64, capacity=1 << 20, device="cpu")  # 128 GiB of keys and as much of values
-    step = PackedStep(cache, [Segment(slot, 0, 3, True) for slot in range(64)])
+    step = PackedStep(cache, [Segment(slot, 0, 3, 1) for slot in range(64)])
     kv = torch.randn(192, 4, 128)
     output = step.attend(0, kv, kv, kv, 1.0)
     assert torch.isfinite(output).all()

@@ -27,7 +27,7 @@ def model(layers=6, tied=True):
     return ModelSummary(tuple(blocks))
 
 
-WORK = Workload(records=100, prompt_tokens=1000.0, new_tokens=1000.0)
+WORK = Workload(records=100, prompt_tokens=1000.0, new_tokens=1000.0, samples=1000.0)
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))
@@ -117,8 +117,8 @@ def test_schedule_is_receive_forward_send_in_order():
 
 
 def test_prediction_is_the_slowest_stage_of_the_slowest_replica():
-    plan = Plan(2, 2, 1, (0, 4, 8), micro_batch=10, in_flight=2, reasons=())
-    work = Workload(records=40, prompt_tokens=4000.0, new_tokens=400.0)
+    plan = Plan(2, 2, 1, (0, 4, 8), micro_batch=10, in_flight=2, kv_tokens=1000, reasons=())
+    work = Workload(records=40, prompt_tokens=4000.0, new_tokens=400.0, samples=400.0)
     fast, slow = StepTimes(1.0, 0.1), StepTimes(2.0, 0.2)
     # a replica: 20 records, 20 prefill steps of 100 tokens, 20 decode steps of 10 sequences
     assert predict_wall_s(plan, work, 100, [fast, fast, fast, slow]) == pytest.approx(20 * 2.0 + 20 * 0.2 + 1.0)

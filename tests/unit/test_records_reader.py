@@ -11,13 +11,17 @@ from hypothesis import strategies as st
 
 from mpinfer.errors import InputError
 from mpinfer.records import reader
-from mpinfer.records.reader import JsonlInput, check_generate
+from mpinfer.records.reader import JsonlInput
+from mpinfer.records.rules import RecordRules
+from mpinfer.spec import spec_from_dict
+
+CHECK = RecordRules(spec_from_dict({"model": {"path": "m"}, "input": {"path": "i"}})).problem
 
 
 def read(tmp_path: Path, content: bytes) -> JsonlInput:
     path = tmp_path / "in.jsonl"
     path.write_bytes(content)
-    return JsonlInput(path, check_generate)
+    return JsonlInput(path, CHECK)
 
 
 def problem(tmp_path: Path, content: bytes) -> str:
@@ -67,14 +71,14 @@ def test_no_record(tmp_path: Path, content: bytes) -> None:
 
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none\.jsonl: .*No such file"):
-        JsonlInput(tmp_path / "none.jsonl", check_generate)
+        JsonlInput(tmp_path / "none.jsonl", CHECK)
 
 
 def test_directory_and_pipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe"):
         with pytest.raises(InputError, match="not a regular file"):
-            JsonlInput(path, check_generate)
+            JsonlInput(path, CHECK)
 
 
 def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +89,7 @@ def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(InputError, match=r"in\.jsonl: .*Permission denied"):
-        JsonlInput(tmp_path / "in.jsonl", check_generate)
+        JsonlInput(tmp_path / "in.jsonl", CHECK)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +188,7 @@ def test_text_is_not_held(tmp_path: Path) -> None:
     ],
 )
 def test_good_generate_records(record: dict[str, Any]) -> None:
-    assert check_generate(record) is None
+    assert CHECK(record) is None
 
 
 @pytest.mark.parametrize(
@@ -208,7 +212,7 @@ def test_good_generate_records(record: dict[str, Any]) -> None:
     ],
 )
 def test_bad_generate_records(record: dict[str, Any], words: str) -> None:
-    assert words in str(check_generate(record))
+    assert words in str(CHECK(record))
 
 
 @given(
@@ -218,12 +222,12 @@ def test_any_file_is_read_or_refused_in_one_line(tmp_path_factory: pytest.TempPa
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
     path.write_bytes(content)
     try:
-        records = JsonlInput(path, check_generate)
+        records = JsonlInput(path, CHECK)
     except InputError as error:
         refusal = str(error)
     else:
         refusal = ""
         for index in range(len(records)):
-            assert check_generate(json.loads(records.line(index))) is None
+            assert CHECK(json.loads(records.line(index))) is None
         records.close()
     assert "\n" not in refusal

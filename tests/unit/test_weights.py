@@ -42,7 +42,7 @@ def test_other_dtypes_are_converted_while_loading(tmp_path, stored):
 
 
 def load_whole(directory):
-    DecoderSkeleton(directory, "float32").load_part(0, 6, "cpu", 4, lambda: None)
+    DecoderSkeleton(directory, "float32").load_part(0, 6, "cpu", 4, lambda: None, range(128))
 
 
 def rewrite(file, change):

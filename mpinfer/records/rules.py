@@ -1,0 +1,87 @@
+"""What a record of a task may hold, told before anything is computed."""
+
+import reprlib
+from collections.abc import Sequence
+from typing import Any
+
+from mpinfer.errors import SpecError
+from mpinfer.spec import JobSpec, record_sampling
+
+_INPUTS = {
+    "generate": ("prompt", "messages", "token_ids"),
+    "score": ("prompt", "token_ids"),
+    "embed": ("prompt", "messages", "token_ids"),
+}
+
+
+class RecordRules:
+    """The rules of a job's records.
+
+    `needs_logits`: whether choosing tokens takes more than knowing the best one, for the job or for a record that
+    was looked at.
+    """
+
+    def __init__(self, spec: JobSpec) -> None:
+        self._spec, self._task = spec, spec.model.task
+        self.needs_logits = self._task == "generate" and spec.generate.needs_logits
+
+    def problem(self, record: dict[str, Any]) -> str | None:
+        """What is wrong with a record, in words; None when nothing is.
+
+        An empty prompt or an empty list of tokens passes: it cannot be computed, but that is an error of the one
+        record and not of the input.
+        """
+        inputs = _INPUTS[self._task]
+        problem = _input_problem(record, inputs)
+        if problem is None and self._task == "score":
+            problem = _continuations_problem(record)
+        if problem is None and "generate" in record:
+            problem = self._override_problem(record["generate"])
+        return problem
+
+    def _override_problem(self, overrides: Any) -> str | None:
+        if self._task != "generate":
+            return f"generate is for the task generate, not for {self._task}"
+        if not isinstance(overrides, dict):
+            return f"generate must be an object of its keys, not {reprlib.repr(overrides)}"
+        try:
+            self.needs_logits |= record_sampling(self._spec.generate, overrides).needs_logits
+        except SpecError as error:
+            return str(error)
+        return None
+
+
+def _input_problem(record: dict[str, Any], names: Sequence[str]) -> str | None:
+    given = [name for name in names if name in record]
+    if not given:
+        return f"missing field: one of {', '.join(names)} is needed"
+    if len(given) > 1:
+        return f"{' and '.join(given)} are given together, but exactly one is allowed"
+    value = record[given[0]]
+    match given[0]:
+        case "prompt" if not isinstance(value, str):
+            return f"prompt must be a string, not {reprlib.repr(value)}"
+        case "messages" if not isinstance(value, list) or not value or not all(map(_is_message, value)):
+            return 'messages must be a non-empty list of {"role": string, "content": string}'
+        case "token_ids" if not _are_token_ids(value):
+            return "token_ids must be a list of integers from 0 up"
+    return None
+
+
+def _continuations_problem(record: dict[str, Any]) -> str | None:
+    given = record.get("continuations")
+    if "prompt" in record:
+        kind, ok = "strings", lambda each: isinstance(each, str)
+    else:
+        kind, ok = "lists of integers from 0 up", _are_token_ids
+    if not isinstance(given, list) or not given or not all(map(ok, given)):
+        return f"continuations must be a non-empty list of {kind}"
+    return None
+
+
+def _are_token_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(token) is int and token >= 0 for token in value)
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
