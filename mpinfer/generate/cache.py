@@ -94,17 +94,22 @@ class PackedStep:
             slots, length = slice(run[0].slot, run[-1].slot + 1), max(s.start for s in run) + 1
             k, v = keys[slots, :, :length], values[slots, :, :length]  # [sequences, kv_heads, length, head_dim]
             q = query[rows].unflatten(1, (k.shape[1], -1))  # [sequences, kv_heads, heads / kv_heads, head_dim]
-            past = self._mask(row, self.positions[rows, None, None, None], length, sliding_window)
-            output[rows] = _attention(q, k, v, past, scaling, softcap).flatten(1, 2)
+            padded = any(s.start + 1 < length for s in run) or (sliding_window is not None and length > sliding_window)
+            mask = self._mask(row, self.positions[rows, None, None, None], length, sliding_window) if padded else None
+            output[rows] = _attention(q, k, v, mask, False, scaling, softcap).flatten(1, 2)
         for row, segment in self._chunks:
             # A chunk of one sequence's prompt against all of the prompt so far.
             rows = slice(row, row + segment.length)
             slot, length = segment.slot, segment.start + segment.length
             k, v = keys[slot, None, :, :length], values[slot, None, :, :length]  # [1, kv_heads, length, head_dim]
             q = query[rows].transpose(0, 1)[None]
-            whole = segment.start == 0 and (sliding_window is None or length <= sliding_window)
+            plain = sliding_window is None or length <= sliding_window
+            if plain and softcap is None and _has_flash(q):
+                output[rows] = _flash(q, k, v, segment.start, scaling)[0].transpose(0, 1)
+                continue
+            whole = plain and segment.start == 0
             mask = None if whole else self._mask(row, self.positions[rows, None], length, sliding_window)
-            output[rows] = _attention(q, k, v, mask, scaling, softcap)[0].transpose(0, 1)
+            output[rows] = _attention(q, k, v, mask, whole, scaling, softcap)[0].transpose(0, 1)
         return output
 
     def _places(self, kv_heads: int) -> torch.Tensor:
@@ -149,21 +154,49 @@ def _attention(
     query: torch.Tensor,  # [sequences, heads, rows, head_dim]
     key: torch.Tensor,  # [sequences, kv_heads, length, head_dim]
     value: torch.Tensor,
-    mask: torch.Tensor | None,  # true where a row may look; None: causal, the last row sees everything
+    mask: torch.Tensor | None,  # true where a row may look; None: everywhere, or where `causal` lets it
+    causal: bool,
     scaling: float,
     softcap: float | None,
 ) -> torch.Tensor:
     grouped = query.shape[1] != key.shape[1]
     if softcap is None:
         return functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+            query, key, value, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=grouped
         )
     if grouped:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scaling / softcap))
-    if mask is None:
+    if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    return scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+
+
+def _has_flash(query: torch.Tensor) -> bool:
+    return query.device.type == "cpu" and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
+
+
+def _flash(
+    query: torch.Tensor,  # [1, heads, rows, head_dim]
+    key: torch.Tensor,  # [1, kv_heads, start + rows, head_dim]
+    value: torch.Tensor,
+    start: int,
+    scaling: float,
+) -> torch.Tensor:
+    """Causal attention of a chunk that begins at `start`: to all that is before it, and causally to itself, merged by
+    their sums of exponentials (as in Flash-Decoding). Without a mask, whose dead half would be computed too."""
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    own, own_sum = flash(query, key[:, :, start:], value[:, :, start:], 0.0, True, scale=scaling)
+    if not start:
+        return own
+    past, past_sum = flash(query, key[:, :, :start], value[:, :, :start], 0.0, False, scale=scaling)
+    share = torch.sigmoid(past_sum - own_sum)[..., None].to(own.dtype)  # of the past in the sum of exponentials
+    return own.lerp(past, share)
 
 
 def _runs(segments: Sequence[Segment]) -> list[tuple[int, list[Segment]]]:

@@ -18,6 +18,7 @@ from torch import nn
 from mpinfer.errors import ModelError
 from mpinfer.models import attention
 from mpinfer.models.checkpoint import Checkpoint
+from mpinfer.models.fused import FusedLinear, FusedMember, concatenated, find_group
 from mpinfer.models.linear import LayerTuner, packed_bytes
 from mpinfer.models.sources import Source, computed_buffers, find_sources
 from mpinfer.models.weights import check_shape
@@ -148,10 +149,25 @@ class DecoderSkeleton:
                 if uses[key] > 1:
                     shared[key] = filled
                 (module._parameters if isinstance(tensor, nn.Parameter) else module._buffers)[leaf] = filled
+            self._tune(path, tuner)
+        return read_bytes
+
+    def _tune(self, path: str, tuner: LayerTuner) -> None:
+        """Replace a module that is loaded by what computes it faster; with its group, once all of that is loaded."""
+        parent, _, name = path.rpartition(".")
+        names = find_group(self.model.get_submodule(parent), name)
+        if not names:
+            module = self.model.get_submodule(path)
             tuned = tuner.tune(module)
             if tuned is not module:
                 self.model.set_submodule(path, tuned)
-        return read_bytes
+            return
+        layers = [self.model.get_submodule(f"{parent}.{other}") for other in names]
+        if any(layer.weight.is_meta for layer in layers):
+            return
+        group = FusedLinear(tuner.tune(concatenated(layers)), [layer.out_features for layer in layers])
+        for member, other in enumerate(names):
+            self.model.set_submodule(f"{parent}.{other}", FusedMember(group, member))
 
     def _drop_others(self, start: int, stop: int) -> None:
         """Put place-holders without weights where the modules of other ranks stand."""

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other on a busy machine are slow
+
 
 def _save(directory, config, shard_size="50KB"):
     from transformers import AutoModelForCausalLM

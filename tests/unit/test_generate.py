@@ -158,8 +158,10 @@ def naive_attention(q, k, v, scaling, window):
     return torch.stack(out)
 
 
+@pytest.mark.parametrize("flash", [True, False])
 @pytest.mark.parametrize("window", [None, 3])
-def test_packed_attention_equals_a_loop(window):
+def test_packed_attention_equals_a_loop(window, flash, monkeypatch):
+    monkeypatch.setattr("mpinfer.generate.cache._has_flash", lambda _: flash)
     torch.manual_seed(0)
     heads, kv_heads, dim = 6, 2, 8
     cache = KVCache(slots=5, capacity=16, device="cpu")
