@@ -30,6 +30,13 @@ def _parser() -> argparse.ArgumentParser:
     _job_arguments(run)
     run.set_defaults(command=_run)
 
+    batch = commands.add_parser("run-batch", help="answer an OpenAI Batch file: start it like run")
+    batch.add_argument("-i", "--input-file", metavar="FILE", required=True, help="the requests, a line each")
+    batch.add_argument("-o", "--output-file", metavar="FILE", required=True, help="where the responses go")
+    batch.add_argument("--model", metavar="DIR", required=True, help="the model directory")
+    _run_arguments(batch)
+    batch.set_defaults(command=_run_batch)
+
     launch = commands.add_parser("launch", help="find the launcher and run a job on N ranks")
     launch.add_argument("-n", "--ranks", type=int, required=True, help="ranks to start")
     launch.add_argument("--hosts", default="", help="comma-separated hosts (default: this node, or the allocation)")
@@ -63,16 +70,31 @@ _SET_HELP = "override a key of the job file, for example --set parallel.stages=2
 
 def _job_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("job", metavar="JOB.yaml")
-    parser.add_argument("--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[], help=_SET_HELP)
     parser.add_argument("--output", metavar="DIR", help="where results go (default: the job's output.path)")
+    _run_arguments(parser)
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[], help=_SET_HELP)
     parser.add_argument("--resume", action="store_true", help="continue the run in the output directory, if any")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
 
 
 def _run(arguments: argparse.Namespace) -> int:
     from mpinfer.run import run_job
+    from mpinfer.spec import load_spec
 
-    return run_job(arguments.job, arguments.overrides, arguments.output, arguments.resume, arguments.dry_run)
+    return run_job(
+        lambda: load_spec(arguments.job, arguments.overrides, arguments.output), arguments.resume, arguments.dry_run
+    )
+
+
+def _run_batch(arguments: argparse.Namespace) -> int:
+    from mpinfer.records.openai_batch import batch_job
+    from mpinfer.run import run_job
+
+    files = (arguments.input_file, arguments.output_file)
+    return run_job(lambda: batch_job(*files, arguments.model, arguments.overrides), arguments.resume, arguments.dry_run)
 
 
 def _launch(arguments: argparse.Namespace) -> int:

@@ -19,16 +19,19 @@ if TYPE_CHECKING:  # torch loads only once the cheap checks have passed
 BYTES_PER_TOKEN = 4.0  # of a prompt, before it is tokenized
 
 
-def workload(spec: JobSpec, records: int, record_bytes: int) -> Workload:
-    """What is known of the work before the prompts are tokenized."""
+def workload(spec: JobSpec, records: int, record_bytes: int, new_tokens: int, max_length: int) -> Workload:
+    """What is known of the work before the prompts are tokenized.
+
+    `new_tokens`: the most that the records ask for; `max_length`: of a sequence, by the model.
+    """
     prompts = record_bytes / BYTES_PER_TOKEN
     match spec.model.task:
         case "score":
             return Workload(records, prompts, 0.0, prompts)
         case "embed":
             return Workload(records, prompts, 0.0, 0.0)
-    new_tokens = float(records * spec.generate.n * spec.generate.max_new_tokens)
-    return Workload(records, prompts * spec.generate.n, new_tokens, new_tokens)
+    most = float(min(new_tokens, records * spec.generate.n * max_length))
+    return Workload(records, prompts * spec.generate.n, most, most)
 
 
 def kv_cache_bytes(spec: JobSpec) -> int | None:
@@ -53,9 +56,11 @@ def plan_job(job: str, overrides: list[str], ranks: int, nodes: int, as_json: bo
         raise PlanError(f"--ranks {ranks} --nodes {nodes}: at least one rank on each node; raise --ranks")
     spec = load_spec(job, overrides)
     Checkpoint(check_model_directory(spec.model.path))
-    records = JsonlInput(spec.input.path, RecordRules(spec).problem)
-    model = load_skeleton(spec).summary(with_head=spec.model.task != "embed")
-    work = workload(spec, len(records), records.total_bytes)
+    rules = RecordRules(spec)
+    records = JsonlInput(spec.input.path, rules.problem, rules.convert)
+    skeleton = load_skeleton(spec)
+    model = skeleton.summary(with_head=spec.model.task != "embed")
+    work = workload(spec, len(records), records.total_bytes, rules.new_tokens, skeleton.max_length)
     memory_bytes = local_memory_bytes() // -(-ranks // nodes)
     plan = make_plan(spec.parallel, model, work, [memory_bytes] * ranks, kv_cache_bytes(spec))
     print(json.dumps(plan.to_dict(), indent=2) if as_json else describe(plan, model, work))

@@ -9,6 +9,7 @@ import platform
 import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, astuple, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -29,9 +30,10 @@ from mpinfer.preview import BYTES_PER_TOKEN, kv_cache_bytes, load_skeleton, work
 from mpinfer.records.files import write_atomically
 from mpinfer.records.journal import Journal
 from mpinfer.records.manifest import merge
+from mpinfer.records.openai_batch import responses_file, write_responses
 from mpinfer.records.reader import JsonlInput
 from mpinfer.records.rules import RecordRules
-from mpinfer.spec import JobSpec, load_spec, spec_from_dict
+from mpinfer.spec import JobSpec, spec_from_dict
 from mpinfer.transport.control import ACCOUNT, COORDINATOR
 from mpinfer.transport.endpoint import (
     Agreed,
@@ -110,36 +112,38 @@ def join_world() -> World:
     return world
 
 
-def run_job(job: str, overrides: list[str], output: str | None, resume: bool, dry_run: bool) -> ExitCode:
-    """Run a job on this rank; every rank of the world calls this with the same arguments.
+def run_job(read_spec: Callable[[], JobSpec], resume: bool, dry_run: bool) -> ExitCode:
+    """Run a job on this rank; every rank of the world calls this for the same job, which rank 0 reads.
 
     Returns the same exit code on every rank. Bad input is reported by rank 0, in one line. Raises `LaunchError`
     when there is no world to run in.
     """
     try:
-        return _run(join_world(), job, overrides, output, resume, dry_run)
+        return _run(join_world(), read_spec, resume, dry_run)
     except Agreed as error:
         if error.rank == COORDINATOR:
             print(f"mpinfer: error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
 
 
-def _run(world: World, job: str, overrides: list[str], output: str | None, resume: bool, dry_run: bool) -> ExitCode:
+def _run(world: World, read_spec: Callable[[], JobSpec], resume: bool, dry_run: bool) -> ExitCode:
     files: OutputFiles | None = None
 
     def first_look() -> dict[str, Any]:
         """All that rank 0 can refuse without torch."""
         nonlocal files
-        spec = load_spec(job, overrides, output)
+        spec = read_spec()
         Checkpoint(check_model_directory(spec.model.path))  # all of its files are there and whole
         rules = RecordRules(spec)
-        records = JsonlInput(spec.input.path, rules.problem)
+        records = JsonlInput(spec.input.path, rules.problem, rules.convert)
         done = None
         if not dry_run:
             files = OutputFiles(spec, records, resume)
-            done = files.exit_code if files.journal.complete else None
-        size = {"records": len(records), "bytes": records.total_bytes}
-        return {"spec": spec.to_dict(), "done": done, "needs_logits": rules.needs_logits, **size}
+            if files.journal.complete:
+                done = files.exit_code
+                files.write_responses()
+        size = {"records": len(records), "record_bytes": records.total_bytes, "new_tokens": rules.new_tokens}
+        return {"spec": spec.to_dict(), "done": done, "needs_logits": rules.needs_logits, "size": size}
 
     look = agree(world.endpoint, first_look)
     spec = spec_from_dict(look["spec"])
@@ -147,19 +151,19 @@ def _run(world: World, job: str, overrides: list[str], output: str | None, resum
         world.say(f"{spec.output.path}: already complete, nothing to do")
         return ExitCode(look["done"])
 
-    skeleton, plan, work = _lay_out(world, spec, look["records"], look["bytes"])
+    skeleton, plan, work = _lay_out(world, spec, look["size"])
     if dry_run:
         return ExitCode.COMPLETE
     return _compute(world, spec, skeleton, plan, work, look["needs_logits"], files)
 
 
-def _lay_out(world: World, spec: JobSpec, records: int, record_bytes: int) -> tuple["DecoderSkeleton", Plan, Workload]:
+def _lay_out(world: World, spec: JobSpec, size: dict[str, int]) -> tuple["DecoderSkeleton", Plan, Workload]:
     """The model without weights, the plan that rank 0 makes of it, and the work as far as it is known."""
     if world.is_crowded:  # rank 0 alone can refuse the model; the others' imports would only slow it down
         agree(world.endpoint, lambda: load_skeleton(spec) and None)
     skeleton = everywhere(world.endpoint, lambda: load_skeleton(spec))
     model = skeleton.summary(with_head=spec.model.task != "embed")
-    work = workload(spec, records, record_bytes)
+    work = workload(spec, **size, max_length=skeleton.max_length)
     memories = [m // n for m, n in world.endpoint.all_gather([local_memory_bytes(), world.local_size])]
     plan = Plan.from_dict(
         agree(world.endpoint, lambda: make_plan(spec.parallel, model, work, memories, kv_cache_bytes(spec)).to_dict())
@@ -195,14 +199,16 @@ def _compute(
         world.say(
             f"started in {start_s:.2f} s, loaded in {load_s:.2f} s, expecting to run for about {predicted_s:.0f} s"
         )
-        return _coordinate(world, rank, plan, files, Before(start_s, load_s, predicted_s))
+        return _coordinate(world, rank, plan, work, files, Before(start_s, load_s, predicted_s))
     rank.run()
     world.endpoint.send(COORDINATOR, ACCOUNT, _close_account(world, rank))
     world.endpoint.flush()
     return ExitCode(world.endpoint.broadcast(None))
 
 
-def _coordinate(world: World, rank: "DecodeRank", plan: Plan, files: "OutputFiles", before: Before) -> ExitCode:
+def _coordinate(
+    world: World, rank: "DecodeRank", plan: Plan, work: Workload, files: "OutputFiles", before: Before
+) -> ExitCode:
     """Rank 0: its own share of the computing, then the end of the run."""
     journal, records = files.journal, files.records
     progress = Progress(len(records), len(journal.done))
@@ -211,8 +217,11 @@ def _coordinate(world: World, rank: "DecodeRank", plan: Plan, files: "OutputFile
         journal.append(result)
         progress.advance()
 
+    for index in sorted(records.refused.keys() - journal.done):
+        error = {"type": "RecordError", "message": records.refused[index]}
+        keep({"index": index, "id": records.ids[index], "error": error})
     pending = [index for index in range(len(records)) if index not in journal.done]
-    new_tokens = files.spec.generate.max_new_tokens if files.spec.model.task == "generate" else 0
+    new_tokens = work.new_tokens / work.records
     costs = [length / BYTES_PER_TOKEN + new_tokens for length in records.lengths]
     coordinator = Coordinator(world.endpoint, records, costs, pending, plan.replicas, keep)
     started = time.perf_counter()
@@ -231,11 +240,12 @@ def _coordinate(world: World, rank: "DecodeRank", plan: Plan, files: "OutputFile
 
 
 class OutputFiles:
-    """Rank 0's side of the output directory: the journal while the run lasts, results and manifest at its end."""
+    """Rank 0's side of the output: the journal while the run lasts, then results, manifest, and responses if any."""
 
     def __init__(self, spec: JobSpec, records: JsonlInput, resume: bool) -> None:
         self.spec, self.records = spec, records
         self.directory = Path(spec.output.path)
+        self.responses = responses_file(spec)
         self.journal = Journal.open(self.directory, spec.identity(), records.sha256, records.ids, resume)
 
     @property
@@ -244,11 +254,22 @@ class OutputFiles:
         return ExitCode.RECORDS_FAILED if self.journal.errors else ExitCode.COMPLETE
 
     def finish(self, account: dict[str, Any]) -> None:
-        """Write the account, the ordered results and, last, the manifest."""
+        """Write the account, the ordered results, the manifest that says they are complete, and the responses."""
         write_atomically(self.directory / "timing.json", json.dumps(account, indent=2).encode() + b"\n")
-        facts = {"spec": self.spec.to_dict(), "spec_fingerprint": self.spec.fingerprint(), "versions": versions()}
+        facts = {
+            "spec": self.spec.to_dict(),
+            "spec_fingerprint": self.spec.fingerprint(),
+            "versions": versions(),
+            "finished_unix_s": int(time.time()),
+        }
         merge(self.directory, self.journal, len(self.records), facts)
+        self.write_responses()
         self.journal.close()
+
+    def write_responses(self) -> None:
+        """Of a complete run. Again, if need be: the run may have been killed before, or the file moved away."""
+        if self.responses is not None:
+            write_responses(self.responses, self.spec, self.records)
 
 
 def versions() -> dict[str, str]:

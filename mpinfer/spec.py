@@ -38,12 +38,13 @@ class ModelSpec:
 @dataclass(frozen=True)
 class InputSpec:
     path: str
-    format: Literal["auto", "jsonl"] = "auto"
+    format: Literal["auto", "jsonl", "openai-batch"] = "auto"
 
 
 @dataclass(frozen=True)
 class OutputSpec:
     path: str = "out"
+    responses: str | Auto = AUTO  # the file for them, where the input's format has responses; auto: one in `path`
 
 
 @dataclass(frozen=True)
@@ -149,17 +150,21 @@ def load_spec(path: str | Path, overrides: Sequence[str] = (), output: str | Non
         raise SpecError(
             f"{path}: a job file is a mapping of sections, not a {type(tree).__name__}; start with 'model:'"
         )
+    last = [] if output is None else [f"output.path={json.dumps(output)}"]
+    return spec_from_dict(tree, [*overrides, *last])
+
+
+def spec_from_dict(tree: dict[str, Any], overrides: Sequence[str] = ()) -> JobSpec:
+    """Validate a nested mapping, with overrides put into it, into a `JobSpec`; raises `SpecError`."""
     for override in overrides:
         _override(tree, override)
-    if output is not None:
-        _override(tree, f"output.path={json.dumps(output)}")
-    return spec_from_dict(tree)
-
-
-def spec_from_dict(tree: dict[str, Any]) -> JobSpec:
-    """Validate a nested mapping into a `JobSpec`; raises `SpecError`."""
     spec: JobSpec = _build(JobSpec, tree, "")
     _check_sampling(spec.generate, "generate.")
+    if spec.output.responses != AUTO and spec.input.format != "openai-batch":
+        raise SpecError(
+            f"output.responses={spec.output.responses!r}: input.format {spec.input.format} has no responses; leave it "
+            "out, or set input.format to openai-batch"
+        )
     return spec
 
 

@@ -185,14 +185,16 @@ class Scheduler:
         return finished
 
     def _admit(self, group: _Group) -> None:
-        """Let waiting sequences in, but leave the other groups their share: a group alone cannot fill a pipeline.
+        """Let waiting sequences in, as far as the next step can begin them, but leave the other groups their share: a
+        pipeline is only full while the steps of its groups take equally long.
 
         Longest prompts first: the short ones fill the gaps at the end, and neighbouring slots, which attend
         together, get similar lengths.
         """
         share = -(-self.unfinished // len(self._groups))
+        room = self._step_tokens - sum(sequence.length - sequence.computed for sequence in group.live)
         heapify(group.free_slots)
-        while (self._waiting or self._preempted) and group.free_slots and len(group.live) < share:
+        while (self._waiting or self._preempted) and group.free_slots and len(group.live) < share and room > 0:
             sequence = self._preempted[0] if self._preempted else self._waiting[-1]
             if self.live and self._held() + sequence.length + _HEADROOM_TOKENS * (self.live + 1) > self._kv_tokens:
                 return  # first come, first served: what fits behind it would keep it waiting for ever
@@ -202,6 +204,7 @@ class Scheduler:
                 self._waiting.pop()
             sequence.slot = heappop(group.free_slots)
             group.live.append(sequence)
+            room -= sequence.length
 
     def _preempt(self, group: _Group) -> None:
         """Send the youngest of a group back to wait while all sequences together outgrow the budget. The last one at

@@ -65,10 +65,20 @@ class Generate:
         assert sequence.limits is not None
         if text is not None and sequence.limits.stop_text is not None:
             text = sequence.limits.stop_text.cut(text)
-        sample = {"text": text, "token_ids": sequence.new_tokens, "finish_reason": sequence.finish_reason}
+        sample: dict[str, Any] = {
+            "text": text,
+            "token_ids": sequence.new_tokens,
+            "finish_reason": sequence.finish_reason,
+        }
         if sequence.sampling.logprobs is not None:
-            sample["logprobs"] = sequence.results
+            pairs = zip(sequence.new_tokens, sequence.results, strict=True)
+            sample["logprobs"] = [self._named(token, logprobs) for token, logprobs in pairs]
         return sample
+
+    def _named(self, token: int, logprobs: dict[str, Any]) -> dict[str, Any]:
+        """The log-probabilities of a token, with the texts of all tokens in them."""
+        top_texts = [self._text.token(best) for best, _ in logprobs["top"]]
+        return {"text": self._text.token(token), **logprobs, "top_texts": top_texts}
 
 
 class Score:
@@ -127,24 +137,34 @@ class Score:
 
 
 class Embed:
-    """A vector for a text: its tokens' final hidden states, pooled."""
+    """A vector for each text: its tokens' final hidden states, pooled."""
 
     def __init__(self, text: Text, spec: EmbedSpec, max_length: int) -> None:
         self._text, self._spec, self._max_length = text, spec, max_length
 
     def sequences(self, index: int, id: str | int, line: str) -> list[Sequence]:
-        prompt = _prompt(self._text.encode(json.loads(line)), self._max_length)
-        return [Sequence(index, id, prompt, sample_from=len(prompt) - 1 if self._spec.pooling == "last" else 0)]
+        record = json.loads(line)
+        inputs = record.get("inputs", [record])
+        return [self._sequence(index, id, number, self._text.encode(each)) for number, each in enumerate(inputs)]
 
     def results(self, hidden: torch.Tensor, shares: Many[torch.Tensor], sequences: Many[Sequence]) -> list[Any]:
         return list(hidden.cpu().unbind())
 
     def output(self, sequences: list[Sequence]) -> dict[str, Any]:
-        (sequence,) = sequences
+        vectors = [self._vector(sequence) for sequence in sequences]
+        output = {"embedding": vectors[0]} if len(vectors) == 1 else {"embeddings": vectors}
+        return {**output, "prompt_tokens": sum(len(sequence.prompt) for sequence in sequences)}
+
+    def _sequence(self, index: int, id: str | int, number: int, tokens: list[int]) -> Sequence:
+        prompt = _prompt(tokens, self._max_length)
+        sample_from = len(prompt) - 1 if self._spec.pooling == "last" else 0
+        return Sequence(index, id, prompt, number=number, sample_from=sample_from)
+
+    def _vector(self, sequence: Sequence) -> list[float]:
         vector = torch.stack(sequence.results).mean(0)
         if self._spec.normalize:
             vector = torch.nn.functional.normalize(vector, dim=0)
-        return {"embedding": vector.tolist(), "prompt_tokens": len(sequence.prompt)}
+        return vector.tolist()
 
 
 def make_task(spec: JobSpec, skeleton: DecoderSkeleton, max_length: int, needs_logits: bool) -> Task:

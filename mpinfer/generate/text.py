@@ -51,6 +51,13 @@ class Text:
         """None where there is no tokenizer."""
         return None if self._tokenizer is None else self._tokenizer.decode(ids, skip_special_tokens=True)
 
+    def token(self, id: int) -> str:
+        """The text of one token, blanks and special tokens included; its number where there is no tokenizer."""
+        if self._tokenizer is None:
+            return f"token_id:{id}"
+        once, twice = self._tokenizer.decode([id]), self._tokenizer.decode([id, id])
+        return twice[len(once) :]  # the second: some tokenizers drop the blank of a text's first token
+
     @property
     def beginning(self) -> list[int]:
         """What stands before a text that has nothing before it: the token that begins or ends texts, if any."""

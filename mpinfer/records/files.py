@@ -36,6 +36,14 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
         raise
 
 
+def encode_json(entry: dict[str, Any]) -> bytes:
+    """JSON in one line, without its end. Raises `ValueError` for NaN and infinities, which JSON does not have."""
+    try:
+        return json.dumps(entry, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:  # half a surrogate pair, as "\ud83d" in an input id: only escaped is it UTF-8
+        return json.dumps(entry, allow_nan=False).encode()
+
+
 def write_all(fd: int, data: bytes) -> None:
     """Write every byte at the descriptor's position; raises `OSError`."""
     rest = memoryview(data)

@@ -22,6 +22,7 @@ from mpinfer.records.files import (
     JOURNAL,
     MANIFEST,
     RESULTS,
+    encode_json,
     output_error,
     output_errors,
     read_manifest,
@@ -340,11 +341,7 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes | None, int]]:
 
 
 def _encode(entry: dict[str, Any]) -> bytes:
-    text = json.dumps(entry, ensure_ascii=False, allow_nan=False)
-    try:
-        payload = text.encode()
-    except UnicodeEncodeError:  # half a surrogate pair, as "\ud83d" in an input id: only escaped is it UTF-8
-        payload = json.dumps(entry, allow_nan=False).encode()
+    payload = encode_json(entry)
     return b"%08x %b\n" % (zlib.crc32(payload), payload)
 
 

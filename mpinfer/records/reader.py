@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from mpinfer.errors import InputError
+from mpinfer.records.files import encode_json
 
 LINE_LIMIT_BYTES = 64 * 2**20
 
@@ -21,17 +22,28 @@ class JsonlInput:
     Blank lines are skipped and a UTF-8 byte order mark is tolerated. `check` says in words what is wrong with
     a record, or returns None. Raises `InputError` when the file cannot be read, holds no record, or has a
     line that breaks a rule; the error names the first such line (from 1) and counts the others.
+
+    `convert` makes the record of what a line of another format holds. Then a line that breaks a rule is `refused`
+    alone, unless `convert` raises `InputError`: that one line is enough to refuse the file.
     """
 
     ids: list[str | int]  # of each record; its index where the record gives none
     sha256: str  # of the file's bytes, in hex
     total_bytes: int  # of all records' lines, without line ends
+    refused: dict[int, str]  # what is wrong with records that cannot be computed, by index; their ids are their indices
 
-    def __init__(self, path: str | Path, check: Callable[[dict[str, Any]], str | None]) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        check: Callable[[dict[str, Any]], str | None],
+        convert: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    ) -> None:
         self._path = Path(path)
+        self._convert = convert
         self._offsets = array("q")
         self._lengths = array("q")
         self.ids = []
+        self.refused = {}
         self._file = self._open()
         try:
             self._scan(check)
@@ -52,6 +64,11 @@ class JsonlInput:
         return self._lengths
 
     def line(self, index: int) -> bytes:
+        """One record as JSON, for one that is not refused. Raises `InputError` when it is gone."""
+        source = self.source(index)
+        return source if self._convert is None else encode_json(self._convert(_parse(source)))
+
+    def source(self, index: int) -> bytes:
         """The raw line of one record, without its line end. Raises `InputError` when it is gone."""
         try:
             self._file.seek(self._offsets[index])
@@ -98,11 +115,17 @@ class JsonlInput:
                 try:
                     if cut_off:
                         raise ValueError(f"longer than the limit of {LINE_LIMIT_BYTES} bytes")
-                    self.ids.append(_check_line(line, len(self.ids), number, lines_of_ids, check))
+                    record = _parse(line) if self._convert is None else self._convert(_parse(line))
+                    self.ids.append(_check_record(record, len(self.ids), number, lines_of_ids, check))
+                except InputError as error:
+                    raise InputError(f"{self._path}: line {number}: {error}") from None
                 except ValueError as problem:
+                    if self._convert is not None:
+                        self.refused[len(self.ids)] = f"line {number}: {problem}"
+                    else:
+                        first_problem = first_problem or f"line {number}: {problem}"
+                        bad_lines += 1
                     self.ids.append(len(self.ids))  # later default ids stay what they would have been
-                    first_problem = first_problem or f"line {number}: {problem}"
-                    bad_lines += 1
                 self._offsets.append(offset + bom_bytes)
                 self._lengths.append(len(line))
             offset += len(raw)
@@ -124,15 +147,14 @@ class JsonlInput:
             yield line
 
 
-def _check_line(
-    line: bytes,
+def _check_record(
+    record: dict[str, Any],
     index: int,
     number: int,
     lines_of_ids: dict[str | int, int],
     check: Callable[[dict[str, Any]], str | None],
 ) -> str | int:
-    """The id of the record on a line, entered into `lines_of_ids`; raises `ValueError` with the problem."""
-    record = _parse(line)
+    """The id of the record of a line, entered into `lines_of_ids`; raises `ValueError` with the problem."""
     problem = check(record)
     if problem is not None:
         raise ValueError(problem)

@@ -1,29 +1,35 @@
 """What a record of a task may hold, told before anything is computed."""
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from mpinfer.errors import SpecError
+from mpinfer.records.openai_batch import to_record
 from mpinfer.spec import JobSpec, record_sampling
 
 _INPUTS = {
     "generate": ("prompt", "messages", "token_ids"),
     "score": ("prompt", "token_ids"),
-    "embed": ("prompt", "messages", "token_ids"),
+    "embed": ("prompt", "messages", "token_ids", "inputs"),
 }
 
 
 class RecordRules:
     """The rules of a job's records.
 
-    `needs_logits`: whether choosing tokens takes more than knowing the best one, for the job or for a record that
-    was looked at.
+    Of the records that were found good, `new_tokens` is the most that they ask for, and `needs_logits` whether choosing
+    any of their tokens takes more than knowing the best one.
     """
+
+    convert: Callable[[dict[str, Any]], dict[str, Any]] | None = None  # to a record, from a line of another format
 
     def __init__(self, spec: JobSpec) -> None:
         self._spec, self._task = spec, spec.model.task
-        self.needs_logits = self._task == "generate" and spec.generate.needs_logits
+        self.needs_logits, self.new_tokens = False, 0
+        if spec.input.format == "openai-batch":
+            self.convert = partial(to_record, task=self._task)
 
     def problem(self, record: dict[str, Any]) -> str | None:
         """What is wrong with a record, in words; None when nothing is.
@@ -35,19 +41,22 @@ class RecordRules:
         problem = _input_problem(record, inputs)
         if problem is None and self._task == "score":
             problem = _continuations_problem(record)
-        if problem is None and "generate" in record:
-            problem = self._override_problem(record["generate"])
+        if problem is None:
+            problem = self._sampling_problem(record)
         return problem
 
-    def _override_problem(self, overrides: Any) -> str | None:
+    def _sampling_problem(self, record: dict[str, Any]) -> str | None:
         if self._task != "generate":
-            return f"generate is for the task generate, not for {self._task}"
+            return f"generate is for the task generate, not for {self._task}" if "generate" in record else None
+        overrides = record.get("generate", {})
         if not isinstance(overrides, dict):
             return f"generate must be an object of its keys, not {reprlib.repr(overrides)}"
         try:
-            self.needs_logits |= record_sampling(self._spec.generate, overrides).needs_logits
+            sampling = record_sampling(self._spec.generate, overrides) if overrides else self._spec.generate
         except SpecError as error:
             return str(error)
+        self.needs_logits |= sampling.needs_logits
+        self.new_tokens += sampling.n * sampling.max_new_tokens
         return None
 
 
@@ -65,6 +74,8 @@ def _input_problem(record: dict[str, Any], names: Sequence[str]) -> str | None:
             return 'messages must be a non-empty list of {"role": string, "content": string}'
         case "token_ids" if not _are_token_ids(value):
             return "token_ids must be a list of integers from 0 up"
+        case "inputs" if not isinstance(value, list) or not value or not all(map(_is_input, value)):
+            return 'inputs must be a non-empty list of {"prompt": string} or {"token_ids": list of integers from 0 up}'
     return None
 
 
@@ -81,6 +92,10 @@ def _continuations_problem(record: dict[str, Any]) -> str | None:
 
 def _are_token_ids(value: Any) -> bool:
     return isinstance(value, list) and all(type(token) is int and token >= 0 for token in value)
+
+
+def _is_input(value: Any) -> bool:
+    return isinstance(value, dict) and _input_problem(value, ("prompt", "token_ids")) is None
 
 
 def _is_message(value: Any) -> bool:
