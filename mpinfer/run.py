@@ -25,7 +25,7 @@ from mpinfer.models.checkpoint import Checkpoint, check_model_directory
 from mpinfer.observe.report import Before, timing, timing_table
 from mpinfer.plan.block import Workload
 from mpinfer.plan.planner import Plan, describe, make_plan
-from mpinfer.plan.predict import StepTimes, predict_wall_s
+from mpinfer.plan.predict import StepTimes, predict_wall_s, token_costs_s
 from mpinfer.preview import BYTES_PER_TOKEN, kv_cache_bytes, load_skeleton, workload
 from mpinfer.records.files import write_atomically
 from mpinfer.records.journal import Journal
@@ -199,7 +199,8 @@ def _compute(
         world.say(
             f"started in {start_s:.2f} s, loaded in {load_s:.2f} s, expecting to run for about {predicted_s:.0f} s"
         )
-        return _coordinate(world, rank, plan, work, files, Before(start_s, load_s, predicted_s))
+        costs_s = token_costs_s(plan, spec.generate.step_tokens, times)
+        return _coordinate(world, rank, plan, work, costs_s, files, Before(start_s, load_s, predicted_s))
     rank.run()
     world.endpoint.send(COORDINATOR, ACCOUNT, _close_account(world, rank))
     world.endpoint.flush()
@@ -207,9 +208,15 @@ def _compute(
 
 
 def _coordinate(
-    world: World, rank: "DecodeRank", plan: Plan, work: Workload, files: "OutputFiles", before: Before
+    world: World,
+    rank: "DecodeRank",
+    plan: Plan,
+    work: Workload,
+    costs_s: tuple[float, float],
+    files: "OutputFiles",
+    before: Before,
 ) -> ExitCode:
-    """Rank 0: its own share of the computing, then the end of the run."""
+    """Rank 0: its own share of the computing, then the end of the run. `costs_s`: of a prompt's and of a new token."""
     journal, records = files.journal, files.records
     progress = Progress(len(records), len(journal.done))
 
@@ -221,8 +228,9 @@ def _coordinate(
         error = {"type": "RecordError", "message": records.refused[index]}
         keep({"index": index, "id": records.ids[index], "error": error})
     pending = [index for index in range(len(records)) if index not in journal.done]
+    prompt_s, new_s = costs_s
     new_tokens = work.new_tokens / work.records
-    costs = [length / BYTES_PER_TOKEN + new_tokens for length in records.lengths]
+    costs = [prompt_s * length / BYTES_PER_TOKEN + new_s * new_tokens for length in records.lengths]
     coordinator = Coordinator(world.endpoint, records, costs, pending, plan.replicas, keep)
     started = time.perf_counter()
     rank.run()
@@ -235,7 +243,7 @@ def _coordinate(
     files.finish(account)
     world.endpoint.broadcast(int(files.exit_code))
     print(timing_table(account), flush=True)
-    world.say(f"{files.directory}: complete, {len(records)} records, {journal.errors} failed")
+    world.say(f"{files.responses or files.directory}: complete, {len(records)} records, {journal.errors} failed")
     return files.exit_code
 
 

@@ -7,6 +7,7 @@ stage as fast as possible by FLOPs. What the job file gives is obeyed or refused
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from math import ceil
 from typing import Any
 
 from mpinfer.errors import PlanError
@@ -16,6 +17,7 @@ from mpinfer.plan.partition import part_costs, partition
 from mpinfer.spec import AUTO, ParallelSpec
 
 MAX_MICRO_BATCH = 64  # sequences; beyond it a step of small GEMMs gains little and takes long to join or leave
+SLACK = 1.25  # slots for what a group may get: shares are even by cost, and the shorter records the more of them
 MEMORY_SHARE = 0.7  # of a rank's memory that weights may take
 KV_MEMORY_SHARE = 0.85  # that weights and KV cache may take together; the rest is activations and libraries
 
@@ -85,12 +87,12 @@ def make_plan(
             f"parallel.in_flight={in_flight}: fewer groups than {stages} stages leave stages idle; "
             f"use at least {stages}"
         )
-    share = -(-workload.records // (replicas * in_flight))
-    micro_batch = _given_or(parallel.micro_batch, lambda: max(1, min(share, MAX_MICRO_BATCH)))
+    share = workload.records / (replicas * in_flight)
+    micro_batch = _given_or(parallel.micro_batch, lambda: min(ceil(share * SLACK), MAX_MICRO_BATCH))
     if parallel.micro_batch == AUTO:
         reasons.append(
-            f"micro_batch {micro_batch}: {workload.records} records over {replicas * in_flight} groups, "
-            f"at most {MAX_MICRO_BATCH}"
+            f"micro_batch {micro_batch}: {workload.records} records over {replicas * in_flight} groups and "
+            f"{SLACK - 1:.0%} more, at most {MAX_MICRO_BATCH}"
         )
     return Plan(replicas, stages, shards, cuts, micro_batch, in_flight, kv_tokens, tuple(reasons))
 

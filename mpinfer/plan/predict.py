@@ -15,6 +15,15 @@ class StepTimes:
     decode_s: float  # a step of one token for every sequence of a group
 
 
+def token_costs_s(plan: Plan, step_tokens: int, times: Sequence[StepTimes]) -> tuple[float, float]:
+    """Seconds of a replica's ranks for a token of a prompt and for a new one, in full steps."""
+    replica = times[: plan.stages]
+    return (
+        sum(stage.prefill_s for stage in replica) / step_tokens,
+        sum(stage.decode_s for stage in replica) / plan.micro_batch,
+    )
+
+
 def predict_wall_s(plan: Plan, workload: Workload, step_tokens: int, times: Sequence[StepTimes]) -> float:
     """Seconds from the first record to the last result; `times` by rank.
 

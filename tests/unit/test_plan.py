@@ -105,10 +105,10 @@ def test_impossible_layouts_are_refused_with_figures(parallel, ranks, words):
 def test_plan_survives_the_wire_and_explains_itself():
     plan = make_plan(ParallelSpec(stages=2), model(), WORK, [GIGABYTE] * 4)
     assert Plan.from_dict(plan.to_dict()) == plan
-    assert (plan.replicas, plan.in_flight, plan.micro_batch) == (2, 2, 25)
+    assert (plan.replicas, plan.in_flight, plan.micro_batch) == (2, 2, 32)
     text = describe(plan, model(), WORK)
     assert "embed .. layer.3" in text
-    assert "micro_batch 25: 100 records over 4 groups" in text
+    assert "micro_batch 32: 100 records over 4 groups" in text
 
 
 def test_schedule_is_receive_forward_send_in_order():
