@@ -5,8 +5,10 @@ second list of keys.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
+import reprlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -20,6 +22,7 @@ from mpinfer.errors import SpecError
 
 AUTO: Literal["auto"] = "auto"
 Auto = Literal["auto"]
+_LONGEST_NAME = 40  # that a message shows as it is: a record may give any
 
 
 def _rule(default: Any, *, minimum: float | None = None, maximum: float | None = None) -> Any:
@@ -170,9 +173,9 @@ def spec_from_dict(tree: dict[str, Any], overrides: Sequence[str] = ()) -> JobSp
 
 def record_sampling(job: SamplingSpec, overrides: dict[str, Any]) -> SamplingSpec:
     """A record's own sampling: the job's, with the keys that its `generate` overrides. Raises `SpecError`."""
-    names = [f.name for f in dataclasses.fields(SamplingSpec)]
-    values = {name: getattr(job, name) for name in names}
-    own: SamplingSpec = _build(SamplingSpec, {**values, **overrides}, "generate.")
+    given: SamplingSpec = _build(SamplingSpec, overrides, "generate.")
+    sources = {f.name: given if f.name in overrides else job for f in dataclasses.fields(SamplingSpec)}
+    own = SamplingSpec(**{name: getattr(source, name) for name, source in sources.items()})
     _check_sampling(own, "generate.")
     return own
 
@@ -220,8 +223,13 @@ def _build(cls: Any, tree: Any, prefix: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for name in tree:
         if name not in fields:
-            raise SpecError(f"{prefix}{name}: unknown key; valid keys here are {', '.join(fields)}")
-    hints = typing.get_type_hints(cls)
+            shown = (
+                name
+                if isinstance(name, str) and name.isidentifier() and len(name) < _LONGEST_NAME
+                else reprlib.repr(name)
+            )
+            raise SpecError(f"{prefix}{shown}: unknown key; valid keys here are {', '.join(fields)}")
+    hints = _hints(cls)
     values = {}
     for name, f in fields.items():
         key = prefix + name
@@ -233,6 +241,11 @@ def _build(cls: Any, tree: Any, prefix: str) -> Any:
         elif f.default is dataclasses.MISSING:
             raise SpecError(f"{key}: a required key is missing; add it to the job file or pass --set {key}=...")
     return cls(**values)
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)  # slow, and every record with sampling of its own asks
 
 
 def _check(key: str, value: Any, hint: Any, rules: Mapping[str, float | None]) -> Any:
@@ -264,7 +277,7 @@ def _check(key: str, value: Any, hint: Any, rules: Mapping[str, float | None]) -
             raise SpecError(f"{key}={value!r}: is not a number; correct the value")
         return value
     allowed = [kind.__name__ for kind in kinds] + [repr(choice) for choice in choices]
-    raise SpecError(f"{key}={value!r}: must be {' or '.join(allowed)}; correct the value")
+    raise SpecError(f"{key}={reprlib.repr(value)}: must be {' or '.join(allowed)}; correct the value")
 
 
 def _valid_keys() -> str:

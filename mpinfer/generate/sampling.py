@@ -13,6 +13,7 @@ import torch
 
 from mpinfer.generate.scheduler import Sequence
 
+_FINITE = torch.finfo(torch.float32)
 _LIKELY = 512  # tokens that mostly hold a nucleus: looked at before all of the vocabulary is sorted
 
 
@@ -67,19 +68,20 @@ def _penalize(row: torch.Tensor, sequence: Sequence, sampling: Sampling) -> None
         penalty = sampling.repetition_penalty
         row[seen] = torch.where(values < 0, values * penalty, values / penalty)
     if len(sequence.new_tokens) < sampling.min_new_tokens:
-        row[list(sampling.forbidden_before)] = float("-inf")
+        row[[token for token in sampling.forbidden_before if token < len(row)]] = float("-inf")
 
 
 def _draw(scores: torch.Tensor, settings: list[Sampling], uniforms: list[float]) -> torch.Tensor:
     """One token a row, from the filtered distribution, by its cumulative sum in the order of the vocabulary: so a
     rounding error of two tokens' probabilities moves a boundary, but never swaps two tokens. [rows]"""
-    scores = scores / _column([sampling.temperature for sampling in settings])
+    temperatures = _column([sampling.temperature for sampling in settings]).clamp(_FINITE.tiny, _FINITE.max)
+    scores = (scores - scores.amax(1, keepdim=True)) / temperatures  # never above 0: no overflow, whatever divides it
     for row, sampling in zip(scores, settings, strict=True):
         if 0 < sampling.top_k < len(row):
             row[row < row.topk(sampling.top_k).values[-1]] = float("-inf")
     probabilities = scores.softmax(1)
-    if any(sampling.top_p < 1 for sampling in settings):
-        probabilities = _nucleus(probabilities, _column([sampling.top_p for sampling in settings]))
+    if cut := [row for row, sampling in enumerate(settings) if sampling.top_p < 1]:
+        probabilities[cut] = _nucleus(probabilities[cut], _column([settings[row].top_p for row in cut]))
     if any(sampling.min_p > 0 for sampling in settings):
         limit = _column([sampling.min_p for sampling in settings]) * probabilities.amax(1, keepdim=True)
         probabilities = probabilities.masked_fill(probabilities < limit, 0)
@@ -91,17 +93,19 @@ def _draw(scores: torch.Tensor, settings: list[Sampling], uniforms: list[float])
 
 
 def _nucleus(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """Zero all but the fewest most probable tokens that together have `top_p`, row by row (nucleus sampling)."""
-    values, order = probabilities.topk(min(_LIKELY, probabilities.shape[1]))
+    """Zero all but the fewest most probable tokens that together have `top_p`, row by row (nucleus sampling). Tokens as
+    probable as the last of those stay, too: which of them a sort puts first may depend on the other rows."""
+    values = probabilities.topk(min(_LIKELY, probabilities.shape[1])).values
     if (values.sum(1, keepdim=True) < top_p).any():
-        values, order = probabilities.sort(1, descending=True)
+        values = probabilities.sort(1, descending=True).values
     before = values.cumsum(1) - values
-    return torch.zeros_like(probabilities).scatter_(1, order, values.masked_fill(before >= top_p, 0))
+    least = values.masked_fill(before >= top_p, float("inf")).amin(1, keepdim=True)
+    return probabilities.masked_fill(probabilities < least, 0)
 
 
 def _logprobs(row: torch.Tensor, token: int, best: int) -> dict[str, Any]:
     logprobs = row.log_softmax(0)
-    values, tokens = logprobs.topk(best)
+    values, tokens = logprobs.topk(min(best, len(logprobs)))
     top = [list(pair) for pair in zip(tokens.tolist(), values.tolist(), strict=True)]
     return {"logprob": logprobs[token].item(), "top": top}
 

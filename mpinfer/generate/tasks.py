@@ -44,7 +44,7 @@ class Generate:
         prompt = _prompt(self._text.encode(record), self._max_length - 1)
         overrides = record.get("generate", {})
         spec = record_sampling(self._spec, overrides) if overrides else self._spec
-        stop_ids = self._stop_ids.union(spec.stop_token_ids)
+        stop_ids = self._stop_ids.union(self._text.check(list(spec.stop_token_ids)))
         limits = Limits(spec.max_new_tokens, stop_ids, self._text.stop_at(spec.stop))
         seed = (spec.seed,) if "seed" in overrides else (spec.seed, id)
         sampling = _sampling(spec, seed, stop_ids)
@@ -131,8 +131,9 @@ class Score:
         return prompt or self._text.beginning, targets
 
     def _split(self, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
-        stripped = prompt.rstrip()
-        own = self._text.encode_text(stripped)
+        own = self._text.encode_text(prompt.rstrip())
+        if not own:  # `beginning` stands before it: not that token twice
+            return own, self._text.encode_text(prompt + continuation, whole=False)
         return own, self._text.encode_text(prompt + continuation)[len(own) :]
 
 

@@ -30,11 +30,12 @@ class Text:
         except Exception as error:  # a template may refuse the roles
             raise RecordError(f"the chat template refuses this record ({error!r}); correct its messages") from error
 
-    def encode_text(self, text: str) -> list[int]:
+    def encode_text(self, text: str, whole: bool = True) -> list[int]:
+        """Of a whole text with the tokens that begin or end texts, if the model wants any."""
         if text == "":
             return []
         try:
-            return self._needed()(text).input_ids
+            return self._needed()(text, add_special_tokens=whole).input_ids
         except RecordError:
             raise
         except Exception as error:  # half a surrogate pair, say
@@ -67,8 +68,11 @@ class Text:
 
     def stop_at(self, strings: tuple[str, ...]) -> "StopStrings | None":
         """Raises `RecordError` when there is no tokenizer to find them with."""
-        if strings:
-            self._needed()
+        if strings and self._tokenizer is None:
+            raise RecordError(
+                f"stop: {strings[0]!r} cannot be found without a tokenizer, and the model directory has none; give "
+                f"stop_token_ids or add tokenizer.json"
+            )
         return StopStrings(self, strings) if strings else None
 
     def _needed(self) -> Any:

@@ -86,7 +86,7 @@ def _continuations_problem(record: dict[str, Any]) -> str | None:
     else:
         kind, ok = "lists of integers from 0 up", _are_token_ids
     if not isinstance(given, list) or not given or not all(map(ok, given)):
-        return f"continuations must be a non-empty list of {kind}"
+        return f"continuations must be a non-empty list of {kind}, not {reprlib.repr(given)}"
     return None
 
 

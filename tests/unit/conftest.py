@@ -1,28 +1,16 @@
 """Small random models for unit tests."""
 
+import families
 import pytest
 import torch
 
 torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other on a busy machine are slow
 
 
-def _save(directory, config, shard_size="50KB"):
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.2)  # large enough that logits are far apart
-    model.save_pretrained(directory, max_shard_size=shard_size)
-    return model
-
-
 @pytest.fixture(scope="session")
 def save_random():
     """Save a random model of a config to a directory; returns the model."""
-    return _save
+    return families.save_random
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +30,7 @@ def tiny_llama(tmp_path_factory):
         tie_word_embeddings=True,
         eos_token_id=2,
     )
-    return directory, _save(directory, config)
+    return directory, families.save_random(directory, config)
 
 
 @pytest.fixture(scope="session")
@@ -64,4 +52,4 @@ def tiny_mistral(tmp_path_factory):
         tie_word_embeddings=False,
         eos_token_id=2,
     )
-    return directory, _save(directory, config)
+    return directory, families.save_random(directory, config)

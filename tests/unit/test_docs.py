@@ -13,7 +13,14 @@ import yaml
 from mpinfer.spec import JobSpec, load_spec
 
 REPO = Path(__file__).parents[2]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/design.md", "docs/job-file.md"]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "docs/design.md",
+    "docs/job-file.md",
+    "docs/openai-batch.md",
+]
 
 
 def keys() -> Iterator[tuple[str, Any, Any]]:

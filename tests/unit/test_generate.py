@@ -11,8 +11,8 @@ import torch
 from mpinfer.generate.cache import KVCache, PackedStep
 from mpinfer.generate.readout import Best, NoReadout
 from mpinfer.generate.ring import DecodeRing, Finish
-from mpinfer.generate.scheduler import Limits, Scheduler, Segment, Sequence
-from mpinfer.generate.stage import DecodeStage
+from mpinfer.generate.scheduler import Limits, Scheduler, Segment, Sequence, Step
+from mpinfer.generate.stage import DecodeStage, encode_step
 from mpinfer.generate.tasks import Generate
 from mpinfer.generate.text import Text
 from mpinfer.models.decoder import DecoderSkeleton
@@ -50,16 +50,17 @@ def prompts():
     return [torch.randint(3, 128, (n,), generator=generator).tolist() for n in (1, 2, 30, 7, 17, 5, 40, 3)]
 
 
-def reference(model, prompt):
+def reference(model, prompt, **options):
     ids = torch.tensor([prompt])
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=MAX_NEW, do_sample=False)
+    options = {"max_new_tokens": MAX_NEW, "do_sample": False, **options}
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     return out[0, len(prompt) :].tolist()
 
 
-def load(directory, cuts, stage):
+def load(directory, cuts, stage, with_head=True):
     """The part of one of the stages between `cuts`."""
     skeleton = DecoderSkeleton(directory, "float32")
-    vocabulary = vocabulary_share(skeleton.vocabulary, stage, len(cuts) - 1)
+    vocabulary = vocabulary_share(skeleton.vocabulary, stage, len(cuts) - 1) if with_head else range(0)
     return skeleton.load_part(*cuts[stage : stage + 2], "cpu", 4, lambda: None, vocabulary)
 
 
@@ -193,11 +194,12 @@ def test_packed_attention_equals_a_loop(window, flash, monkeypatch):
         ]
 
 
-def test_a_cache_takes_memory_only_for_what_is_written():
-    def resident_bytes():
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
+def resident_bytes():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
+
+def test_a_cache_takes_memory_only_for_what_is_written():
     before = resident_bytes()
     cache = KVCache(slots=64, capacity=1 << 20, device="cpu")  # 128 GiB of keys and as much of values
     step = PackedStep(cache, [Segment(slot, 0, 3, 1) for slot in range(64)])
@@ -205,3 +207,39 @@ def test_a_cache_takes_memory_only_for_what_is_written():
     output = step.attend(0, kv, kv, kv, 1.0)
     assert torch.isfinite(output).all()
     assert resident_bytes() - before < 64e6
+
+
+def test_a_released_slot_gives_its_memory_back_and_reads_as_zeros():
+    cache = KVCache(slots=4, capacity=4096, device="cpu")
+    layer = cache.layer(0, torch.empty(1, 4, 128))  # 8 MiB of keys and as much of values for each slot
+    for tensor in layer:
+        tensor.fill_(1)
+    before = resident_bytes()
+    cache.release(1)
+    cache.release(2)
+    assert before - resident_bytes() > 30e6
+    for tensor in layer:
+        assert [tensor[slot].sum().item() / tensor[slot].numel() for slot in range(4)] == [1, 0, 0, 1]
+
+
+def test_a_release_spares_the_neighbours_on_the_same_page():
+    cache = KVCache(slots=4, capacity=100, device="cpu")
+    layer = cache.layer(0, torch.empty(1, 3, 9))  # 2.6 pages a slot
+    for tensor in layer:
+        tensor.fill_(1)
+    cache.release(1)
+    for tensor in layer:
+        assert [tensor[slot].min().item() for slot in range(4)] == [1, 0, 1, 1]
+
+
+def test_a_stage_releases_the_slots_that_a_step_names(tiny_llama):
+    directory, _ = tiny_llama
+    part = load(directory, (0, 6), 0)
+    cache = KVCache(2, 64, "cpu")  # a page for the keys of a slot, and one for its values
+    stage = DecodeStage(part, cache, NoReadout(part))
+    stage.forward(encode_step(Step((Segment(0, 0, 2, 1), Segment(1, 0, 2, 1)), (5, 6, 7, 8))))
+    stage.forward(encode_step(Step((Segment(1, 2, 1, 1),), (9,), released=(0,))))
+    for index in range(4):
+        for tensor in cache.layer(index, torch.empty(1, 2, 8)):
+            assert tensor.shape == (2, 2, 64, 8)
+            assert [bool(tensor[slot].any()) for slot in range(2)] == [False, True]
