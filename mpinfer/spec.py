@@ -31,7 +31,7 @@ class ModelSpec:
     path: str
     task: Literal["generate"] = "generate"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    quantize: Literal["none"] = "none"
+    quantize: Literal["none", "int8"] = "none"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
@@ -130,6 +130,8 @@ def spec_from_dict(tree: dict[str, Any]) -> JobSpec:
     spec = _build(JobSpec, tree, "")
     if spec.generate.temperature != 0.0:
         raise SpecError(f"generate.temperature={spec.generate.temperature}: only greedy decoding is built; use 0.0")
+    if spec.model.quantize == "int8" and spec.model.dtype != "float32":
+        raise SpecError(f"model.dtype={spec.model.dtype!r}: model.quantize=int8 computes in float32; use float32")
     return spec
 
 

@@ -43,8 +43,9 @@ class DecoderSkeleton:
     the directory is damaged or holds a model that cannot be run this way.
     """
 
-    def __init__(self, directory: Path, dtype: str) -> None:
+    def __init__(self, directory: Path, dtype: str, quantize: str = "none") -> None:
         self.directory = directory
+        self._quantize = quantize
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.checkpoint = Checkpoint(directory)
         self.config = _load_config(directory)
@@ -95,7 +96,7 @@ class DecoderSkeleton:
             layer.register_forward_pre_hook(lambda *_: on_layer())
         entry = None if first else _Entry(own_layers[0] if own_layers else self.base.get_submodule(self._after[0]))
         self._drop_others(start, stop)
-        tuner = LayerTuner(rows)
+        tuner = LayerTuner(rows, self._quantize)
         read_bytes = self._fill(device, tuner)
         self.model.to(device)  # the buffers that are computed, not loaded
         return DecoderPart(self.model, entry, first, last, read_bytes, dict(tuner.kernels))
@@ -122,6 +123,8 @@ class DecoderSkeleton:
             tuned = tuner.tune(module)
             if tuned is not module:
                 self.model.set_submodule(path, tuned)
+                for leaf, _ in _named_tensors(module, recurse=False):  # what is replaced is not kept for a tied module
+                    shared.pop(tuple(self._sources[f"{path}.{leaf}".lstrip(".")].names), None)
         return read_bytes
 
     def _drop_others(self, start: int, stop: int) -> None:
