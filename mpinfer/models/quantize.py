@@ -11,7 +11,7 @@ from torch import nn
 
 from mpinfer.errors import ModelError
 
-_WIDE = 20.0  # range / root mean square from which a row gets a second pass; a normal row of 576 values has about 6
+_WIDE = 14.0  # range / root mean square from which a row gets a second pass; a normal row of 576 values has about 6
 _CHUNK_ROWS = 4096  # rows of a weight that are quantized at a time, to keep temporaries small
 
 
