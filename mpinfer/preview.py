@@ -44,7 +44,7 @@ def load_skeleton(spec: JobSpec) -> "DecoderSkeleton":
     """The job's model without weights; raises `ModelError`."""
     from mpinfer.models.decoder import DecoderSkeleton
 
-    return DecoderSkeleton(Path(spec.model.path), spec.model.dtype)
+    return DecoderSkeleton(Path(spec.model.path), spec.model.dtype, spec.model.quantize)
 
 
 def plan_job(job: str, overrides: list[str], ranks: int, nodes: int, as_json: bool) -> ExitCode:

@@ -34,7 +34,7 @@ class ModelSpec:
     path: str
     task: Literal["generate", "score", "embed"] = "generate"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    quantize: Literal["none"] = "none"
+    quantize: Literal["none", "int8"] = "none"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
@@ -168,6 +168,8 @@ def spec_from_dict(tree: dict[str, Any], overrides: Sequence[str] = ()) -> JobSp
             f"output.responses={spec.output.responses!r}: input.format {spec.input.format} has no responses; leave it "
             "out, or set input.format to openai-batch"
         )
+    if spec.model.quantize == "int8" and spec.model.dtype != "float32":
+        raise SpecError(f"model.dtype={spec.model.dtype!r}: model.quantize=int8 computes in float32; use float32")
     return spec
 
 

@@ -149,7 +149,7 @@ class Embed:
         return [self._sequence(index, id, number, self._text.encode(each)) for number, each in enumerate(inputs)]
 
     def results(self, hidden: torch.Tensor, shares: Many[torch.Tensor], sequences: Many[Sequence]) -> list[Any]:
-        return list(hidden.cpu().unbind())
+        return list(hidden.to("cpu", copy=True).unbind())  # they outlive the step, whose memory the next one gets
 
     def output(self, sequences: list[Sequence]) -> dict[str, Any]:
         vectors = [self._vector(sequence) for sequence in sequences]

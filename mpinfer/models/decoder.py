@@ -45,8 +45,9 @@ class DecoderSkeleton:
     the directory is damaged or holds a model that cannot be run this way.
     """
 
-    def __init__(self, directory: Path, dtype: str) -> None:
+    def __init__(self, directory: Path, dtype: str, quantize: str = "none") -> None:
         self.directory = directory
+        self._quantize = quantize
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.checkpoint = Checkpoint(directory)
         self.config = _load_config(directory)
@@ -122,7 +123,7 @@ class DecoderSkeleton:
         body = self.base.get_submodule(self._layers_name.rpartition(".")[0])
         self._drop_others(start, stop)
         self._keep_vocabulary(vocabulary)
-        tuner = LayerTuner(rows)
+        tuner = LayerTuner(rows, self._quantize)
         read_bytes = self._fill(device, tuner)
         self.model.to(device)  # the buffers that are computed, not loaded
         shortcut = _Shortcut(body)
@@ -150,6 +151,9 @@ class DecoderSkeleton:
                     shared[key] = filled
                 (module._parameters if isinstance(tensor, nn.Parameter) else module._buffers)[leaf] = filled
             self._tune(path, tuner)
+            if self.model.get_submodule(path) is not module:  # what is replaced is not kept for a tied module
+                for leaf, _ in _named_tensors(module, recurse=False):
+                    shared.pop(tuple(self._sources[f"{path}.{leaf}".lstrip(".")].names), None)
         return read_bytes
 
     def _tune(self, path: str, tuner: LayerTuner) -> None:

@@ -10,6 +10,8 @@ from collections import Counter
 import torch
 from torch import nn
 
+from mpinfer.models.quantize import Int8Embedding, Int8Linear
+
 _REPEATS = 5
 _WORTH = 1.05  # a packed weight must be this much faster to be taken: below it, timing noise would choose
 
@@ -28,22 +30,36 @@ class PackedLinear(nn.Module):
 
 
 class LayerTuner:
-    """Replaces linear layers as they are loaded. `kernels` counts them by the kernel they got."""
+    """Replaces layers as they are loaded. `kernels` counts them by the kernel they got."""
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, quantize: str = "none") -> None:
         self._rows = rows  # of a typical input
+        self._quantize = quantize
         self._packing_pays: dict[torch.Size, bool] = {}
         self.kernels: Counter[str] = Counter()
 
     @torch.inference_mode()
     def tune(self, layer: nn.Module) -> nn.Module:
         """The layer to use instead of `layer`, or `layer` itself."""
+        if self._quantize == "int8":
+            return self._to_int8(layer)
         if type(layer) is not nn.Linear:
             return layer
         packed = PackedLinear(layer) if _can_pack(layer.weight) else None
         pays = packed is not None and self._pays(packed, layer)
         self.kernels["onednn" if pays else "torch"] += 1
         return packed if packed is not None and pays else layer
+
+    def _to_int8(self, layer: nn.Module) -> nn.Module:
+        quantized: nn.Module = layer
+        if type(layer) is nn.Linear:
+            quantized = Int8Linear(layer)
+        elif type(layer) is nn.Embedding:
+            quantized = Int8Embedding(layer)
+        elif not any(p.dim() > 1 for p in layer.parameters(recurse=False)):
+            return layer  # a norm, or a module of modules: nothing to compress
+        self.kernels["torch" if quantized is layer else "int8"] += 1
+        return quantized
 
     def _pays(self, packed: PackedLinear, layer: nn.Linear) -> bool:
         shape = layer.weight.shape
@@ -54,8 +70,9 @@ class LayerTuner:
 
 
 def packed_bytes(model: nn.Module) -> int:
-    """Bytes of the weights that packed layers of a model hold beside its parameters."""
-    return sum(module.weight_bytes for module in model.modules() if isinstance(module, PackedLinear))
+    """Bytes of the weights that packed and quantized layers of a model hold beside its parameters."""
+    kinds = (PackedLinear, Int8Linear, Int8Embedding)
+    return sum(module.weight_bytes for module in model.modules() if isinstance(module, kinds))
 
 
 def _can_pack(weight: torch.Tensor) -> bool:

@@ -191,7 +191,7 @@ def test_prompts_without_a_tokenizer(tmp_path):
         ({"token_ids": [10]}, "vocabulary of 10"),
         ({"token_ids": [1, 2, 3, 4]}, "has 4 tokens"),
         ({"prompt": "hello"}, "no tokenizer"),
-        ({"token_ids": [1], "generate": {"stop": "."}}, "no tokenizer"),
+        ({"token_ids": [1], "generate": {"stop": "."}}, "without a tokenizer"),
     ):
         with pytest.raises(RecordError, match=word):
             task.sequences(0, "x", json.dumps(record))

@@ -96,6 +96,15 @@ def test_all_tokens_can_be_drawn_without_filters():
     assert drawn(row, Sampling((0,), 1.0), uniforms) == [position // 4 for position in range(64)]
 
 
+def test_a_draw_takes_the_random_number_of_its_sample_and_position():
+    row = torch.zeros(1, 1000)
+    sampling = Sampling((0, "record"), 1.0)
+    for number in range(3):
+        for position in range(5):
+            token = int(sampling.uniform(number, position) * 1000)
+            assert chosen(row, [sequence(sampling, new=[1] * position, number=number)]) == [token]
+
+
 def test_random_numbers_depend_on_seed_sample_and_position_only():
     numbers = {
         (seed, number, position): Sampling(seed).uniform(number, position)

@@ -14,6 +14,7 @@ from mpinfer.errors import RecordError
 from mpinfer.generate.readout import NoReadout
 from mpinfer.generate.scheduler import Scheduler
 from mpinfer.generate.tasks import make_task, readout_kind
+from mpinfer.generate.text import Text
 from mpinfer.models.decoder import DecoderSkeleton
 from mpinfer.records.rules import RecordRules
 from mpinfer.spec import spec_from_dict
@@ -289,6 +290,11 @@ def test_the_first_of_several_stop_strings_ends_the_text(texts):
     assert ended["text"] == text[: min(text.index(stop) for stop in stops[:2])]
 
 
+def test_a_token_that_completes_two_stop_strings_is_cut_before_the_first(texts):
+    stop = Text(texts.directory, 128).stop_at(("cd", "bc"))
+    assert stop.cut("abcd") == "a"
+
+
 def test_a_stop_string_that_never_comes_changes_nothing(texts):
     records = [{"prompt": "abc de"}, {"prompt": "gh fab"}]
     free = generate(texts.directory, records, max_new_tokens=30)
@@ -379,6 +385,15 @@ def test_embeddings_equal_transformers(tiny_llama, pooling, normalize, layout):
     made = compute(directory, "embed", records_of(prompts()), layout, embed=options)
     for ids, output in zip(prompts(), made.outputs, strict=True):
         assert output == {"embedding": pooled(model, ids, pooling, normalize), "prompt_tokens": len(ids)}
+
+
+def test_hidden_states_are_kept_though_their_memory_is_used_again(tiny_llama):
+    """What is received from another rank lies in a buffer that the next message overwrites."""
+    task, _ = prepare(tiny_llama[0], "embed", [])
+    received = torch.ones(3, 4)
+    kept = task.results(received, [], [])
+    received.zero_()
+    assert all(state.tolist() == [1.0] * 4 for state in kept)
 
 
 def test_a_record_may_hold_several_texts_to_embed(tiny_llama):
