@@ -95,7 +95,8 @@ class PackedStep:
             k, v = keys[slots, :, :length], values[slots, :, :length]  # [sequences, kv_heads, length, head_dim]
             q = query[rows].unflatten(1, (k.shape[1], -1))  # [sequences, kv_heads, heads / kv_heads, head_dim]
             padded = any(s.start + 1 < length for s in run) or (sliding_window is not None and length > sliding_window)
-            mask = self._mask(row, self.positions[rows, None, None, None], length, sliding_window) if padded else None
+            positions = self.positions[rows, None, None, None]
+            mask = self._mask(row, positions, length, sliding_window, query.dtype) if padded else None
             output[rows] = _attention(q, k, v, mask, False, scaling, softcap).flatten(1, 2)
         for row, segment in self._chunks:
             # A chunk of one sequence's prompt against all of the prompt so far.
@@ -108,7 +109,8 @@ class PackedStep:
                 output[rows] = _flash(q, k, v, segment.start, scaling)[0].transpose(0, 1)
                 continue
             whole = plain and segment.start == 0
-            mask = None if whole else self._mask(row, self.positions[rows, None], length, sliding_window)
+            positions = self.positions[rows, None]
+            mask = None if whole else self._mask(row, positions, length, sliding_window, query.dtype)
             output[rows] = _attention(q, k, v, mask, whole, scaling, softcap)[0].transpose(0, 1)
         return output
 
@@ -119,14 +121,18 @@ class PackedStep:
             self._places_of[kv_heads] = (heads * self._cache.capacity + self.positions[:, None]).flatten()
         return self._places_of[kv_heads]
 
-    def _mask(self, row: int, positions: torch.Tensor, length: int, window: int | None) -> torch.Tensor:
-        """True where a token may look: itself and before, within the window. Computed once for all layers."""
+    def _mask(
+        self, row: int, positions: torch.Tensor, length: int, window: int | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """0 where a token may look: itself and before, within the window; -inf elsewhere. Computed once for all layers,
+        and as what is added to scores, since kernels would convert a mask of booleans at every call."""
         if (row, window) not in self._masks:
             past = torch.arange(length, device=positions.device)
             mask = past <= positions
             if window is not None:
                 mask &= past > positions - window
-            self._masks[row, window] = mask
+            hidden = torch.full(mask.shape, float("-inf"), dtype=dtype, device=mask.device)
+            self._masks[row, window] = hidden.masked_fill_(mask, 0.0)
         return self._masks[row, window]
 
 
@@ -154,7 +160,7 @@ def _attention(
     query: torch.Tensor,  # [sequences, heads, rows, head_dim]
     key: torch.Tensor,  # [sequences, kv_heads, length, head_dim]
     value: torch.Tensor,
-    mask: torch.Tensor | None,  # true where a row may look; None: everywhere, or where `causal` lets it
+    mask: torch.Tensor | None,  # 0 where a row may look, else -inf; None: everywhere, or where `causal` lets it
     causal: bool,
     scaling: float,
     softcap: float | None,
@@ -168,9 +174,9 @@ def _attention(
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scaling / softcap))
     if causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        mask = torch.full(scores.shape[-2:], float("-inf"), dtype=scores.dtype, device=scores.device).triu(1)
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+        scores = scores + mask
     return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
 
 
