@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpinfer.cluster.binding import allowed_cores
 from mpinfer.cluster.doctor import local_memory_bytes
 from mpinfer.errors import ExitCode, PlanError
 from mpinfer.models.checkpoint import Checkpoint, check_model_directory
@@ -61,7 +62,8 @@ def plan_job(job: str, overrides: list[str], ranks: int, nodes: int, as_json: bo
     skeleton = load_skeleton(spec)
     model = skeleton.summary(with_head=spec.model.task != "embed")
     work = workload(spec, len(records), records.total_bytes, rules.new_tokens, skeleton.max_length)
-    memory_bytes = local_memory_bytes() // -(-ranks // nodes)
-    plan = make_plan(spec.parallel, model, work, [memory_bytes] * ranks, kv_cache_bytes(spec))
+    ranks_per_node = -(-ranks // nodes)
+    memory_bytes, cores = local_memory_bytes() // ranks_per_node, len(allowed_cores()) / ranks_per_node
+    plan = make_plan(spec.parallel, model, work, [memory_bytes] * ranks, kv_cache_bytes(spec), cores)
     print(json.dumps(plan.to_dict(), indent=2) if as_json else describe(plan, model, work))
     return ExitCode.COMPLETE

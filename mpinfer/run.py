@@ -71,6 +71,11 @@ class World:
         """Whether ranks outnumber the cores that they share."""
         return self.local_size > len(self.binding.cores) > 1
 
+    @property
+    def cores_per_rank(self) -> float:
+        """Below 1 where ranks share cores."""
+        return len(self.binding.cores) / self.local_size if self.is_crowded else 1.0
+
     def say(self, text: str) -> None:
         """Log from rank 0."""
         if self.is_coordinator:
@@ -164,9 +169,11 @@ def _lay_out(world: World, spec: JobSpec, size: dict[str, int]) -> tuple["Decode
     skeleton = everywhere(world.endpoint, lambda: load_skeleton(spec))
     model = skeleton.summary(with_head=spec.model.task != "embed")
     work = workload(spec, **size, max_length=skeleton.max_length)
-    memories = [m // n for m, n in world.endpoint.all_gather([local_memory_bytes(), world.local_size])]
+    ranks = world.endpoint.all_gather([local_memory_bytes() // world.local_size, world.cores_per_rank])
+    memories, cores = zip(*ranks, strict=True)
+    kv_bytes = kv_cache_bytes(spec)
     plan = Plan.from_dict(
-        agree(world.endpoint, lambda: make_plan(spec.parallel, model, work, memories, kv_cache_bytes(spec)).to_dict())
+        agree(world.endpoint, lambda: make_plan(spec.parallel, model, work, memories, kv_bytes, min(cores)).to_dict())
     )
     world.place = str(plan.grid.coordinates(world.endpoint.rank))
     world.say(

@@ -56,10 +56,12 @@ def make_plan(
     workload: Workload,
     rank_memory_bytes: Sequence[int],
     kv_cache_bytes: int | None = None,
+    cores_per_rank: float = 1.0,
 ) -> Plan:
     """Lay `model` out over one rank per entry of `rank_memory_bytes`; raises `PlanError` with figures.
 
-    `kv_cache_bytes`: what a rank's KV cache may take; None: what its weights leave of its memory.
+    `kv_cache_bytes`: what a rank's KV cache may take; None: what its weights leave of its memory. Where ranks outnumber
+    cores (`cores_per_rank` below 1), fewer groups keep every core busy, and larger ones compute faster.
     """
     ranks, blocks = len(rank_memory_bytes), len(model.blocks)
     reasons: list[str] = []
@@ -81,11 +83,12 @@ def make_plan(
     model = model.for_stages(stages)
     cuts = partition(costs(model.blocks, workload), stages)
     kv_tokens = _kv_tokens(model, cuts, rank_memory_bytes, kv_cache_bytes, reasons)
-    in_flight = _given_or(parallel.in_flight, lambda: stages)
-    if in_flight < stages:
+    at_work = ceil(stages * min(1.0, cores_per_rank))  # stages that have a core at the same time
+    in_flight = _given_or(parallel.in_flight, lambda: at_work)
+    if in_flight < at_work:
         raise PlanError(
-            f"parallel.in_flight={in_flight}: fewer groups than {stages} stages leave stages idle; "
-            f"use at least {stages}"
+            f"parallel.in_flight={in_flight}: fewer groups than the {at_work} stages that have a core leave some idle; "
+            f"use at least {at_work}"
         )
     share = workload.records / (replicas * in_flight)
     micro_batch = _given_or(parallel.micro_batch, lambda: min(ceil(share * SLACK), MAX_MICRO_BATCH))

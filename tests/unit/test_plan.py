@@ -102,6 +102,12 @@ def test_impossible_layouts_are_refused_with_figures(parallel, ranks, words):
     assert all(word in str(error.value) for word in words)
 
 
+def test_ranks_that_share_cores_get_fewer_and_larger_groups():
+    for cores_per_rank, in_flight in ((1.0, 4), (0.5, 2), (0.3, 2), (0.1, 1), (2.0, 4)):
+        plan = make_plan(ParallelSpec(stages=4), model(), WORK, [GIGABYTE] * 4, cores_per_rank=cores_per_rank)
+        assert plan.in_flight == in_flight
+
+
 def test_plan_survives_the_wire_and_explains_itself():
     plan = make_plan(ParallelSpec(stages=2), model(), WORK, [GIGABYTE] * 4)
     assert Plan.from_dict(plan.to_dict()) == plan
