@@ -194,13 +194,15 @@ def _flash(
     """Causal attention of a chunk that begins at `start`: to all that is before it, and causally to itself, merged by
     their sums of exponentials (as in Flash-Decoding). Without a mask, whose dead half would be computed too."""
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    own, own_sum = flash(query, key[:, :, start:], value[:, :, start:], 0.0, True, scale=scaling)
+    groups, rows = query.shape[1] // key.shape[1], query.shape[2]
+    own_key, own_value = (x[:, :, start:].repeat_interleave(groups, 1) for x in (key, value))
+    own, own_sum = flash(query, own_key, own_value, 0.0, True, scale=scaling)
     if not start:
         return own
-    past, past_sum = flash(query, key[:, :, :start], value[:, :, :start], 0.0, False, scale=scaling)
+    # The past looks the same from every row: heads that share a key are rows of one, which reads it once for all.
+    folded = query.unflatten(1, (-1, groups)).flatten(2, 3)
+    past, past_sum = flash(folded, key[:, :, :start], value[:, :, :start], 0.0, False, scale=scaling)
+    past, past_sum = (x.unflatten(2, (groups, rows)).flatten(1, 2) for x in (past, past_sum))
     share = torch.sigmoid(past_sum - own_sum)[..., None].to(own.dtype)  # of the past in the sum of exponentials
     return own.lerp(past, share)
 

@@ -207,14 +207,12 @@ class Scheduler:
             room -= sequence.length
 
     def _preempt(self, group: _Group) -> None:
-        """Send the youngest of a group back to wait while all sequences together outgrow the budget. The last one at
-        work stays, since alone it fits."""
+        """Send the youngest of a group back to wait while all sequences together outgrow the budget, as only those that
+        generate can. The last one at work stays, since alone it fits."""
         while group.live and self.live > 1 and self._held() > self._kv_tokens:
             sequence = group.live[-1]
             self._leave(group, sequence)
             sequence.computed = 0
-            if sequence.limits is None:
-                sequence.results.clear()  # they come again
             self._preempted.append(sequence)
             self.preemptions += 1
 

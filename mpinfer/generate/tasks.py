@@ -44,7 +44,7 @@ class Generate:
         prompt = _prompt(self._text.encode(record), self._max_length - 1)
         overrides = record.get("generate", {})
         spec = record_sampling(self._spec, overrides) if overrides else self._spec
-        stop_ids = self._stop_ids.union(self._text.check(list(spec.stop_token_ids)))
+        stop_ids = self._stop_ids.union(self._text.check(list(spec.stop_token_ids), "stop_token_ids"))
         limits = Limits(spec.max_new_tokens, stop_ids, self._text.stop_at(spec.stop))
         seed = (spec.seed,) if "seed" in overrides else (spec.seed, id)
         sampling = _sampling(spec, seed, stop_ids)
@@ -125,7 +125,7 @@ class Score:
 
     def _tokens(self, record: dict[str, Any], continuation: Any) -> tuple[list[int], list[int]]:
         if "token_ids" in record:
-            prompt, targets = self._text.encode(record), self._text.check(continuation)
+            prompt, targets = self._text.encode(record), self._text.check(continuation, "continuations")
         else:
             prompt, targets = self._split(record["prompt"], continuation)
         return prompt or self._text.beginning, targets

@@ -41,10 +41,11 @@ class Text:
         except Exception as error:  # half a surrogate pair, say
             raise RecordError(f"the tokenizer refuses this record ({error!r}); correct its text") from error
 
-    def check(self, ids: list[int]) -> list[int]:
+    def check(self, ids: list[int], name: str = "token_ids") -> list[int]:
+        """The ids that were given as `name`; raises `RecordError` when the model does not have one of them."""
         if ids and max(ids) >= self._vocabulary:
             raise RecordError(
-                f"token_ids: {max(ids)} is outside the model's vocabulary of {self._vocabulary}; use smaller ids"
+                f"{name}: {max(ids)} is outside the model's vocabulary of {self._vocabulary}; use smaller ids"
             )
         return ids
 

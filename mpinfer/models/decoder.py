@@ -207,7 +207,11 @@ class DecoderSkeleton:
     def _weights(self, module: nn.Module) -> tuple[tuple[str, int], ...]:
         """(name, bytes held) of a module's tensors; tied ones have one name, whichever module they are seen from."""
         own = {id(t) for _, t in _named_tensors(module)}
-        sizes = {self._sources[n].names[0]: t.nbytes for n, t in _named_tensors(self.model) if id(t) in own}
+        small: set[int] = set()  # of these a byte is held for each number
+        if self._quantize == "int8":
+            small = {id(m.weight) for m in self.model.modules() if type(m) in (nn.Linear, nn.Embedding)}
+        tensors = ((n, t) for n, t in _named_tensors(self.model) if id(t) in own)
+        sizes = {self._sources[n].names[0]: t.numel() if id(t) in small else t.nbytes for n, t in tensors}
         return tuple(sizes.items())
 
     def _weights_of(self, names: list[str], parent: nn.Module) -> tuple[tuple[str, int], ...]:
