@@ -48,13 +48,15 @@ class Coordinator:
         return not self._pending and not any(self._held.values()) and len(self.accounts) == self._endpoint.size
 
     def _hand_out(self, leader: int, wanted: int) -> None:
-        """What a leader asks for, but at most its even share of all that is unfinished, by cost: what it holds
-        already counts, so that no replica hoards what another could do."""
+        """What a leader asks for, but no more than its even share of all that is unfinished, by cost and to the nearest
+        record: what it holds already counts, so that no replica hoards what another could do."""
         held = self._held[leader]
         unfinished = self._pending_cost + sum(sum(costs.values()) for costs in self._held.values())
         room = unfinished / self._replicas - sum(held.values())
         batch: list[int] = []
-        while self._pending and len(batch) < wanted and room > 0:
+        while self._pending and len(batch) < wanted:
+            if held and room < self._costs[self._pending[-1]] / 2:
+                break
             index = self._pending.pop()
             batch.append(index)
             held[index] = self._costs[index]

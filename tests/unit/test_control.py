@@ -112,6 +112,25 @@ def test_records_are_handed_out_once_and_by_even_shares_of_cost():
     assert control.sent[-1][2] == {"records": [], "more": False}
 
 
+def test_few_long_records_are_shared_to_the_nearest_one():
+    control = Loopback(size=2)
+    Coordinator(control, Lines(8), [100] * 4 + [101] * 4, range(8), replicas=2, keep=lambda result: None)
+    shares = []
+    for leader in (0, 1):
+        control.send(leader, WANT, 10)
+        control.serve()
+        shares.append(len(control.sent[-1][2]["records"]))
+    assert shares == [4, 4]
+
+
+def test_the_last_record_goes_to_whoever_is_idle():
+    control = Loopback(size=3)
+    Coordinator(control, Lines(1), [100], range(1), replicas=3, keep=lambda result: None)
+    control.send(2, WANT, 10)
+    control.serve()
+    assert len(control.sent[-1][2]["records"]) == 1
+
+
 def test_a_replica_that_is_ahead_gets_more():
     control = Loopback(size=2)
     Coordinator(control, Lines(8), [1] * 8, range(8), replicas=2, keep=lambda result: None)
