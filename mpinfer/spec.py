@@ -31,23 +31,33 @@ def _rule(default: Any, *, minimum: float | None = None, maximum: float | None =
 
 @dataclass(frozen=True)
 class ModelSpec:
-    path: str
-    task: Literal["generate", "score", "embed"] = "generate"
+    path: str  # a Hugging Face directory, package.module:factory, a .pt2 program or a .gguf file
+    task: Literal["generate", "score", "embed", "classify", "forward"] = "generate"
+    weights: str | Auto = AUTO  # of a factory's model; auto: a directory's own, or what the factory gives
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantize: Literal["none", "int8"] = "none"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    prepare: str | Auto = AUTO  # package.module:function, from a record's fields to tensors; auto: the model's processor
+    trust: bool = False  # run code and unpickle objects that come with the model
+
+
+InputFormat = Literal[
+    "jsonl", "openai-batch", "csv", "parquet", "images", "audio", "npy", "npz", "safetensors", "dataset"
+]
 
 
 @dataclass(frozen=True)
 class InputSpec:
     path: str
-    format: Literal["auto", "jsonl", "openai-batch"] = "auto"
+    format: InputFormat | Auto = AUTO  # auto: by the suffix, or by what a folder holds
+    columns: tuple[str, ...] = ()  # of a table, as field=column; none: every column is the field of its name
 
 
 @dataclass(frozen=True)
 class OutputSpec:
     path: str = "out"
     responses: str | Auto = AUTO  # the file for them, where the input's format has responses; auto: one in `path`
+    arrays: Literal["inline", "npy"] | Auto = AUTO  # auto: npy for forward, else inline
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,7 @@ class ParallelSpec:
     shards: Literal[1, "auto"] = AUTO
     micro_batch: int | Auto = _rule(AUTO, minimum=1)  # sequences in a group
     in_flight: int | Auto = _rule(AUTO, minimum=1)  # groups in flight in a replica
+    memory_limit_gb: float | Auto = _rule(AUTO, minimum=0)  # of a rank, in 10**9 bytes; auto: its share of its node's
 
 
 @dataclass(frozen=True)
@@ -92,9 +103,31 @@ class GenerateSpec(SamplingSpec):
 
 @dataclass(frozen=True)
 class EmbedSpec:
-    pooling: Literal["mean", "last"] = "mean"  # of a record's final hidden states
+    pooling: Literal["mean", "last", "first"] = "mean"  # of a record's final hidden states
     normalize: bool = True  # to length 1
 
+
+@dataclass(frozen=True)
+class ClassifySpec:
+    top_k: int = _rule(5, minimum=1)  # best labels of a record
+    labels: str | Auto = AUTO  # file of names: a line each, or a JSON list; auto: the model's own, else numbers
+
+
+@dataclass(frozen=True)
+class ImagesSpec:
+    """How images become tensors where the model has no processor of its own."""
+
+    resize: int = _rule(256, minimum=1)  # of the shorter side, in pixels
+    crop: int = _rule(224, minimum=1)  # centred square, in pixels
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # by channel, of values from 0 to 1
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class AudioSpec:
+    sample_rate: int | Auto = _rule(AUTO, minimum=1)  # Hz that samples are brought to; auto: the processor's, or 16000
+    max_seconds: float = _rule(30.0, minimum=0)  # longer records are refused
 
 @dataclass(frozen=True)
 class TransportSpec:
@@ -112,6 +145,9 @@ class JobSpec:
     parallel: ParallelSpec = ParallelSpec()
     generate: GenerateSpec = GenerateSpec()
     embed: EmbedSpec = EmbedSpec()
+    classify: ClassifySpec = ClassifySpec()
+    images: ImagesSpec = ImagesSpec()
+    audio: AudioSpec = AudioSpec()
     transport: TransportSpec = TransportSpec()
 
     def to_dict(self) -> dict[str, Any]:
