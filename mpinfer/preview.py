@@ -1,51 +1,76 @@
 """What can be known of a job without MPI and without weights: its model's shape, its work, its plan."""
 
+import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import get_args
 
 from mpinfer.cluster.binding import allowed_cores
 from mpinfer.cluster.doctor import local_memory_bytes
-from mpinfer.errors import ExitCode, PlanError
-from mpinfer.models.checkpoint import Checkpoint, check_model_directory
-from mpinfer.plan.block import Workload
+from mpinfer.engine import ENGINES
+from mpinfer.errors import ExitCode, PlanError, SpecError
+from mpinfer.models.checkpoint import Kind, check_model
 from mpinfer.plan.planner import describe, make_plan
-from mpinfer.records.reader import JsonlInput
+from mpinfer.records.inputs import Input, input_format, open_input
 from mpinfer.records.rules import RecordRules
-from mpinfer.spec import AUTO, JobSpec, load_spec
-
-if TYPE_CHECKING:  # torch loads only once the cheap checks have passed
-    from mpinfer.models.decoder import DecoderSkeleton
-
-BYTES_PER_TOKEN = 4.0  # of a prompt, before it is tokenized
+from mpinfer.spec import AUTO, InputFormat, JobSpec, load_spec
 
 
-def workload(spec: JobSpec, records: int, record_bytes: int, new_tokens: int, max_length: int) -> Workload:
-    """What is known of the work before the prompts are tokenized.
+@dataclasses.dataclass(frozen=True)
+class FirstLook:
+    """All that can be known, and refused, of a job without torch."""
 
-    `new_tokens`: the most that the records ask for; `max_length`: of a sequence, by the model.
-    """
-    prompts = record_bytes / BYTES_PER_TOKEN
-    match spec.model.task:
-        case "score":
-            return Workload(records, prompts, 0.0, prompts)
-        case "embed":
-            return Workload(records, prompts, 0.0, 0.0)
-    most = float(min(new_tokens, records * spec.generate.n * max_length))
-    return Workload(records, prompts * spec.generate.n, most, most)
+    spec: JobSpec
+    kind: Kind
+    records: Input
+    size: dict[str, int]  # of the input
+    needs_logits: bool
+
+    @classmethod
+    def at(cls, spec: JobSpec) -> "FirstLook":
+        """Raises `MpinferError` for a model or an input that cannot be used."""
+        spec = _without_gguf(spec)
+        kind = check_model(spec.model)
+        _check_format(spec, kind)
+        rules = RecordRules(spec, decodes=kind == "decoder")
+        records = open_input(spec.input, rules.problem, rules.convert)
+        size = {"records": len(records), "record_bytes": records.total_bytes, "new_tokens": rules.new_tokens}
+        return cls(spec, kind, records, size, rules.needs_logits)
 
 
-def kv_cache_bytes(spec: JobSpec) -> int | None:
-    """What a rank's KV cache may take, if the job says."""
-    given = spec.generate.kv_cache_gb
-    return None if given == AUTO else int(given * 1e9)
+def _check_format(spec: JobSpec, kind: Kind) -> None:
+    """Raises `SpecError` for an input that this kind of model does not take."""
+    formats = ("jsonl", "openai-batch", "csv") if kind == "decoder" else get_args(InputFormat)
+    found = input_format(spec.input)
+    if found not in formats:
+        raise SpecError(
+            f"input.format={found}: a decoder takes text, in {', '.join(formats)}; convert "
+            f"{spec.input.path} to one of these"
+        )
+    if found == "openai-batch" and kind != "decoder":
+        raise SpecError(
+            f"input.format={found}: answers come from decoders, and {spec.model.path} is none; use jsonl with "
+            f"one text a record"
+        )
 
 
-def load_skeleton(spec: JobSpec) -> "DecoderSkeleton":
-    """The job's model without weights; raises `ModelError`."""
-    from mpinfer.models.decoder import DecoderSkeleton
+def memory_limit(spec: JobSpec, measured_bytes: int) -> int:
+    """Bytes that a rank may plan with."""
+    given = spec.parallel.memory_limit_gb
+    return measured_bytes if given == AUTO else min(measured_bytes, int(given * 1e9))
 
-    return DecoderSkeleton(Path(spec.model.path), spec.model.dtype, spec.model.quantize)
+
+def _without_gguf(spec: JobSpec) -> JobSpec:
+    """The job on the directory that its GGUF file was converted to, beside it; made now if it is not there."""
+    source = Path(spec.model.path)
+    if source.suffix != ".gguf":
+        return spec
+    directory = source.with_suffix(".mpinfer")
+    if not (directory / "config.json").is_file():
+        from mpinfer.models.convert import convert
+
+        convert(source, directory)
+    return dataclasses.replace(spec, model=dataclasses.replace(spec.model, path=str(directory)))
 
 
 def plan_job(job: str, overrides: list[str], ranks: int, nodes: int, as_json: bool) -> ExitCode:
@@ -55,15 +80,13 @@ def plan_job(job: str, overrides: list[str], ranks: int, nodes: int, as_json: bo
     """
     if ranks < 1 or nodes < 1 or ranks < nodes:
         raise PlanError(f"--ranks {ranks} --nodes {nodes}: at least one rank on each node; raise --ranks")
-    spec = load_spec(job, overrides)
-    Checkpoint(check_model_directory(spec.model.path))
-    rules = RecordRules(spec)
-    records = JsonlInput(spec.input.path, rules.problem, rules.convert)
-    skeleton = load_skeleton(spec)
-    model = skeleton.summary(with_head=spec.model.task != "embed")
-    work = workload(spec, len(records), records.total_bytes, rules.new_tokens, skeleton.max_length)
+    look = FirstLook.at(load_spec(job, overrides))
+    spec, engine_class = look.spec, ENGINES[look.kind]
+    engine = engine_class(spec, engine_class.inputs(spec, look.records))
+    model, work = engine.summary(), engine.workload(**look.size)
     ranks_per_node = -(-ranks // nodes)
     memory_bytes, cores = local_memory_bytes() // ranks_per_node, len(allowed_cores()) / ranks_per_node
-    plan = make_plan(spec.parallel, model, work, [memory_bytes] * ranks, kv_cache_bytes(spec), cores)
+    memories = [memory_limit(spec, memory_bytes)] * ranks
+    plan = make_plan(spec.parallel, model, work, memories, engine.kv_cache_bytes, cores)
     print(json.dumps(plan.to_dict(), indent=2) if as_json else describe(plan, model, work))
     return ExitCode.COMPLETE

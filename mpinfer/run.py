@@ -9,9 +9,9 @@ import platform
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,19 +20,18 @@ from mpinfer.cluster.context import LaunchContext, check_world, read_context
 from mpinfer.cluster.doctor import RankFacts, doctor_report, local_memory_bytes
 from mpinfer.coordinator.dispatch import Coordinator
 from mpinfer.coordinator.progress import Progress
+from mpinfer.engine import ENGINES, Engine
 from mpinfer.errors import ExitCode, LaunchError
-from mpinfer.models.checkpoint import Checkpoint, check_model_directory
 from mpinfer.observe.report import Before, timing, timing_table
 from mpinfer.plan.block import Workload
 from mpinfer.plan.planner import Plan, describe, make_plan
-from mpinfer.plan.predict import StepTimes, predict_wall_s, token_costs_s
-from mpinfer.preview import BYTES_PER_TOKEN, kv_cache_bytes, load_skeleton, workload
+from mpinfer.plan.predict import StepTimes, predict_wall_s
+from mpinfer.preview import FirstLook, memory_limit
 from mpinfer.records.files import write_atomically
+from mpinfer.records.inputs import Input
 from mpinfer.records.journal import Journal
 from mpinfer.records.manifest import merge
 from mpinfer.records.openai_batch import responses_file, write_responses
-from mpinfer.records.reader import JsonlInput
-from mpinfer.records.rules import RecordRules
 from mpinfer.spec import JobSpec, spec_from_dict
 from mpinfer.transport.control import ACCOUNT, COORDINATOR
 from mpinfer.transport.endpoint import (
@@ -46,8 +45,7 @@ from mpinfer.transport.endpoint import (
 from mpinfer.version import VERSION
 
 if TYPE_CHECKING:  # torch loads only once the cheap checks have passed and threads are bound
-    from mpinfer.generate.replica import DecodeRank
-    from mpinfer.models.decoder import DecoderSkeleton
+    from mpinfer.engine import Rank
 
 
 @dataclass
@@ -132,82 +130,94 @@ def run_job(read_spec: Callable[[], JobSpec], resume: bool, dry_run: bool) -> Ex
 
 
 def _run(world: World, read_spec: Callable[[], JobSpec], resume: bool, dry_run: bool) -> ExitCode:
+    look: FirstLook | None = None
     files: OutputFiles | None = None
 
     def first_look() -> dict[str, Any]:
         """All that rank 0 can refuse without torch."""
-        nonlocal files
-        spec = read_spec()
-        Checkpoint(check_model_directory(spec.model.path))  # all of its files are there and whole
-        rules = RecordRules(spec)
-        records = JsonlInput(spec.input.path, rules.problem, rules.convert)
+        nonlocal look, files
+        look = FirstLook.at(read_spec())
         done = None
         if not dry_run:
-            files = OutputFiles(spec, records, resume)
+            files = OutputFiles(look.spec, look.records, resume)
             if files.journal.complete:
                 done = files.exit_code
                 files.write_responses()
-        size = {"records": len(records), "record_bytes": records.total_bytes, "new_tokens": rules.new_tokens}
-        return {"spec": spec.to_dict(), "done": done, "needs_logits": rules.needs_logits, "size": size}
+        return {"spec": look.spec.to_dict(), "done": done}
 
-    look = agree(world.endpoint, first_look)
-    spec = spec_from_dict(look["spec"])
-    if look["done"] is not None:
+    told = agree(world.endpoint, first_look)
+    spec = spec_from_dict(told["spec"])
+    if told["done"] is not None:
         world.say(f"{spec.output.path}: already complete, nothing to do")
-        return ExitCode(look["done"])
+        return ExitCode(told["done"])
 
-    skeleton, plan, work = _lay_out(world, spec, look["size"])
+    layout = _lay_out(world, spec, look)
     if dry_run:
         return ExitCode.COMPLETE
-    return _compute(world, spec, skeleton, plan, work, look["needs_logits"], files)
+    return _compute(world, spec, layout, files)
 
 
-def _lay_out(world: World, spec: JobSpec, size: dict[str, int]) -> tuple["DecoderSkeleton", Plan, Workload]:
-    """The model without weights, the plan that rank 0 makes of it, and the work as far as it is known."""
-    if world.is_crowded:  # rank 0 alone can refuse the model; the others' imports would only slow it down
-        agree(world.endpoint, lambda: load_skeleton(spec) and None)
-    skeleton = everywhere(world.endpoint, lambda: load_skeleton(spec))
-    model = skeleton.summary(with_head=spec.model.task != "embed")
-    work = workload(spec, **size, max_length=skeleton.max_length)
-    ranks = world.endpoint.all_gather([local_memory_bytes() // world.local_size, world.cores_per_rank])
-    memories, cores = zip(*ranks, strict=True)
-    kv_bytes = kv_cache_bytes(spec)
-    plan = Plan.from_dict(
-        agree(world.endpoint, lambda: make_plan(spec.parallel, model, work, memories, kv_bytes, min(cores)).to_dict())
-    )
+@dataclass
+class Layout:
+    """What every rank knows before it loads."""
+
+    engine: Engine  # the model, without weights
+    plan: Plan
+    needs_logits: bool
+    work: Workload
+
+
+def _lay_out(world: World, spec: JobSpec, look: FirstLook | None) -> Layout:
+    """The model without weights, and the plan that rank 0 makes of it; `look` is rank 0's."""
+
+    engine: Engine | None = None
+
+    def second_look() -> dict[str, Any]:
+        """What rank 0 alone can refuse with torch; the others' imports would only slow it down."""
+        assert look is not None
+        nonlocal engine
+        inputs = ENGINES[look.kind].inputs(spec, look.records)
+        if world.is_crowded:
+            engine = ENGINES[look.kind](spec, inputs)
+        return {"kind": look.kind, "inputs": inputs, "needs_logits": look.needs_logits, "size": look.size}
+
+    told = agree(world.endpoint, second_look)
+    engine = everywhere(world.endpoint, lambda: engine or ENGINES[told["kind"]](spec, told["inputs"]))
+    work = engine.workload(**told["size"])
+    memory_bytes = memory_limit(spec, local_memory_bytes() // world.local_size)
+    memories, cores = zip(*world.endpoint.all_gather([memory_bytes, world.cores_per_rank]), strict=True)
+
+    def plan_it() -> dict[str, Any]:
+        model = engine.summary()
+        plan = make_plan(spec.parallel, model, work, memories, engine.kv_cache_bytes, min(cores))
+        world.say(
+            f"{VERSION}, ranks {world.endpoint.size}, nodes {world.nodes}, launcher {world.context.launcher}, "
+            f"threads a rank {world.binding.threads} ({world.binding.reason})"
+        )
+        world.say(describe(plan, model, work))
+        return plan.to_dict()
+
+    plan = Plan.from_dict(agree(world.endpoint, plan_it))
     world.place = str(plan.grid.coordinates(world.endpoint.rank))
-    world.say(
-        f"{VERSION}, ranks {world.endpoint.size}, nodes {world.nodes}, launcher {world.context.launcher}, "
-        f"threads a rank {world.binding.threads} ({world.binding.reason})"
-    )
-    world.say(describe(plan, model, work))
-    return skeleton, plan, work
+    return Layout(engine, plan, told["needs_logits"], work)
 
 
-def _compute(
-    world: World,
-    spec: JobSpec,
-    skeleton: "DecoderSkeleton",
-    plan: Plan,
-    work: Workload,
-    needs_logits: bool,
-    files: "OutputFiles | None",
-) -> ExitCode:
+def _compute(world: World, spec: JobSpec, layout: Layout, files: "OutputFiles | None") -> ExitCode:
     """Load this rank's part and run it to the end of the job; `files` are rank 0's."""
     start_s = _process_age_s()
     loading = time.perf_counter()
-    rank = everywhere(world.endpoint, lambda: _build_rank(world, spec, plan, skeleton, needs_logits))
+    rank = everywhere(world.endpoint, lambda: _build_rank(world, spec, layout))
     load_s = time.perf_counter() - loading
     own_times = everywhere(world.endpoint, rank.step_times)
     times = [StepTimes(*pair) for pair in world.endpoint.all_gather(astuple(own_times))]
     if files is not None:
-        left = work.part((len(files.records) - len(files.journal.done)) / len(files.records))
-        predicted_s = predict_wall_s(plan, left, spec.generate.step_tokens, times)
+        left = layout.work.part((len(files.records) - len(files.journal.done)) / len(files.records))
+        predicted_s = predict_wall_s(layout.plan, left, layout.engine.step_size(layout.plan), times)
         world.say(
             f"started in {start_s:.2f} s, loaded in {load_s:.2f} s, expecting to run for about {predicted_s:.0f} s"
         )
-        costs_s = token_costs_s(plan, spec.generate.step_tokens, times)
-        return _coordinate(world, rank, plan, work, costs_s, files, Before(start_s, load_s, predicted_s))
+        costs_s = layout.engine.record_costs(layout.plan, layout.work, times, files.records.lengths)
+        return _coordinate(world, rank, layout.plan, costs_s, files, Before(start_s, load_s, predicted_s))
     rank.run()
     world.endpoint.send(COORDINATOR, ACCOUNT, _close_account(world, rank))
     world.endpoint.flush()
@@ -215,15 +225,9 @@ def _compute(
 
 
 def _coordinate(
-    world: World,
-    rank: "DecodeRank",
-    plan: Plan,
-    work: Workload,
-    costs_s: tuple[float, float],
-    files: "OutputFiles",
-    before: Before,
+    world: World, rank: "Rank", plan: Plan, costs_s: Sequence[float], files: "OutputFiles", before: Before
 ) -> ExitCode:
-    """Rank 0: its own share of the computing, then the end of the run. `costs_s`: of a prompt's and of a new token."""
+    """Rank 0: its own share of the computing, then the end of the run. `costs_s`: of each record, as expected."""
     journal, records = files.journal, files.records
     progress = Progress(len(records), len(journal.done))
 
@@ -235,10 +239,7 @@ def _coordinate(
         error = {"type": "RecordError", "message": records.refused[index]}
         keep({"index": index, "id": records.ids[index], "error": error})
     pending = [index for index in range(len(records)) if index not in journal.done]
-    prompt_s, new_s = costs_s
-    new_tokens = work.new_tokens / work.records
-    costs = [prompt_s * length / BYTES_PER_TOKEN + new_s * new_tokens for length in records.lengths]
-    coordinator = Coordinator(world.endpoint, records, costs, pending, plan.replicas, keep)
+    coordinator = Coordinator(world.endpoint, records, costs_s, pending, plan.replicas, keep)
     started = time.perf_counter()
     rank.run()
     world.endpoint.send(COORDINATOR, ACCOUNT, _close_account(world, rank))
@@ -257,7 +258,7 @@ def _coordinate(
 class OutputFiles:
     """Rank 0's side of the output: the journal while the run lasts, then results, manifest, and responses if any."""
 
-    def __init__(self, spec: JobSpec, records: JsonlInput, resume: bool) -> None:
+    def __init__(self, spec: JobSpec, records: Input, resume: bool) -> None:
         self.spec, self.records = spec, records
         self.directory = Path(spec.output.path)
         self.responses = responses_file(spec)
@@ -289,21 +290,25 @@ class OutputFiles:
 
 def versions() -> dict[str, str]:
     """What ran: of every package that decides results, its version."""
-    packages = {name: version(name) for name in ("torch", "transformers", "numpy", "mpi4py")}
+    packages = {name: _version(name) for name in ("torch", "transformers", "numpy", "mpi4py")}
     return {"mpinfer": VERSION, "python": platform.python_version(), "mpi": library_version(), **packages}
 
 
-def _build_rank(
-    world: World, spec: JobSpec, plan: Plan, skeleton: "DecoderSkeleton", needs_logits: bool
-) -> "DecodeRank":
-    from mpinfer.generate.replica import DecodeRank
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _build_rank(world: World, spec: JobSpec, layout: Layout) -> "Rank":
     from mpinfer.pipeline.device import choose_device
 
     device = choose_device(spec.model.device, world.local_rank)
-    return DecodeRank(world.endpoint, spec, plan, skeleton, device, needs_logits)
+    return layout.engine.build_rank(world.endpoint, layout.plan, device, layout.needs_logits)
 
 
-def _close_account(world: World, rank: "DecodeRank") -> dict[str, Any]:
+def _close_account(world: World, rank: "Rank") -> dict[str, Any]:
     """What this rank tells rank 0 of itself at its end."""
     coordinates = rank.coordinates
     return {

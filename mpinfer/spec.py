@@ -37,7 +37,9 @@ class ModelSpec:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantize: Literal["none", "int8"] = "none"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    prepare: str | Auto = AUTO  # package.module:function, from a record's fields to tensors; auto: the model's processor
+    prepare: str | Auto = (
+        AUTO  # package.module:function, from a record's fields to tensors; auto: the model's processor
+    )
     trust: bool = False  # run code and unpickle objects that come with the model
 
 
@@ -103,7 +105,7 @@ class GenerateSpec(SamplingSpec):
 
 @dataclass(frozen=True)
 class EmbedSpec:
-    pooling: Literal["mean", "last", "first"] = "mean"  # of a record's final hidden states
+    pooling: Literal["mean", "last", "first"] | Auto = AUTO  # of final hidden states; auto: the model's rule, or mean
     normalize: bool = True  # to length 1
 
 
@@ -128,6 +130,7 @@ class ImagesSpec:
 class AudioSpec:
     sample_rate: int | Auto = _rule(AUTO, minimum=1)  # Hz that samples are brought to; auto: the processor's, or 16000
     max_seconds: float = _rule(30.0, minimum=0)  # longer records are refused
+
 
 @dataclass(frozen=True)
 class TransportSpec:
@@ -155,7 +158,8 @@ class JobSpec:
 
     def identity(self) -> dict[str, Any]:
         """The keys that decide the results: a resumed run must agree with the journal on all of them."""
-        sections: dict[str, Any] = {"generate": self.generate, "embed": self.embed}
+        names = ("generate", "embed", "classify", "images", "audio")
+        sections: dict[str, Any] = {name: getattr(self, name) for name in names}
         layout = ("generate.step_tokens", "generate.kv_cache_gb")
         keys = {f"{name}.{key}": value for name in sections for key, value in asdict(sections[name]).items()}
         return {
@@ -163,12 +167,21 @@ class JobSpec:
             "model.task": self.model.task,
             "model.dtype": self.model.dtype,
             "model.quantize": self.model.quantize,
+            "model.weights": self.model.weights,
+            "model.prepare": self.model.prepare,
+            "input.columns": list(self.input.columns),
+            "output.arrays": self.output.arrays,
             **{key: list(v) if isinstance(v, tuple) else v for key, v in keys.items() if key not in layout},
         }
 
     def fingerprint(self) -> str:
         """sha256 over `identity`, in hex."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+
+def arrays_in_files(spec: JobSpec) -> bool:
+    """Whether arrays of results go to files of their own; else they are lists in the results."""
+    return spec.output.arrays == "npy" or (spec.output.arrays == AUTO and spec.model.task == "forward")
 
 
 def load_spec(path: str | Path, overrides: Sequence[str] = (), output: str | None = None) -> JobSpec:

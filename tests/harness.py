@@ -170,10 +170,12 @@ def mpirun(
         return world.wait(timeout_s)
 
 
-def complete_run(mpi: Mpi, ranks: int | None, job: Path, output: Path, *overrides: str, resume: bool = False) -> Path:
+def complete_run(
+    mpi: Mpi, ranks: int | None, job: Path, output: Path, *overrides: str, resume: bool = False, cwd: Path | None = None
+) -> Path:
     """Run a job to its end and check that it says it is complete; returns the output directory."""
     options = [part for override in overrides for part in ("--set", override)]
-    run = mpirun(mpi, ranks, ["mpinfer", "run", job, "--output", output, *options, *["--resume"] * resume])
+    run = mpirun(mpi, ranks, ["mpinfer", "run", job, "--output", output, *options, *["--resume"] * resume], cwd=cwd)
     assert run.returncode == 0, run.stderr
     assert json.loads((output / "manifest.json").read_text())["complete"] is True
     return output

@@ -15,7 +15,7 @@ class Records(Protocol):
     """Records by index."""
 
     @property
-    def ids(self) -> list[Any]: ...
+    def ids(self) -> Sequence[Any]: ...
 
     def line(self, index: int) -> bytes: ...
 
@@ -37,6 +37,7 @@ class Coordinator:
         self._pending = list(pending)[::-1]  # the next record is the last entry
         self._pending_cost = sum(costs[index] for index in self._pending)
         self._held: dict[int, dict[int, float]] = defaultdict(dict)  # leader -> costs of the records it has, by index
+        self._holders: dict[int, int] = {}  # leaders by record; results come from whichever rank of a replica has them
         self.accounts: dict[int, dict[str, Any]] = {}
         endpoint.on(WANT, self._hand_out)
         endpoint.on(RESULTS, self._take_in)
@@ -60,15 +61,17 @@ class Coordinator:
             index = self._pending.pop()
             batch.append(index)
             held[index] = self._costs[index]
+            self._holders[index] = leader
             room -= self._costs[index]
             self._pending_cost -= self._costs[index]
         lines = [[index, self._records.ids[index], self._records.line(index).decode()] for index in batch]
         self._endpoint.send(leader, RECORDS, {"records": lines, "more": bool(self._pending)})
 
-    def _take_in(self, leader: int, results: list[dict[str, Any]]) -> None:
+    def _take_in(self, source: int, results: list[dict[str, Any]]) -> None:
         for result in results:
-            self._keep(result)
-            del self._held[leader][result["index"]]
+            index = result["index"]
+            self._keep({"index": index, "id": self._records.ids[index], **result})
+            del self._held[self._holders.pop(index)][index]
 
     def _close_account(self, rank: int, account: dict[str, Any]) -> None:
         self.accounts[rank] = account

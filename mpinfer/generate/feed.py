@@ -29,7 +29,7 @@ class RecordFeed:
             try:
                 sequences = self._task.sequences(index, id, line)
             except RecordError as error:
-                self._send([{"index": index, "id": id, "error": {"type": "RecordError", "message": str(error)}}])
+                self._send([{"index": index, "error": {"type": "RecordError", "message": str(error)}}])
                 continue
             self._unfinished[index] = sequences
             for sequence in sequences:
@@ -56,8 +56,7 @@ class RecordFeed:
                 complete.append(own)
                 del self._unfinished[sequence.index]
         if complete:
-            outputs = [(own[0], self._task.output(own)) for own in complete]
-            self._send([{"index": first.index, "id": first.id, "output": output} for first, output in outputs])
+            self._send([{"index": own[0].index, "output": self._task.output(own)} for own in complete])
 
     def _receive(self, source: int, body: dict[str, Any]) -> None:
         self._arrived.extend((index, id, line) for index, id, line in body["records"])

@@ -1,7 +1,6 @@
 """One rank of a replica that decodes: builds its stage and channels, runs the loop, closes its books."""
 
 import time
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,16 +14,17 @@ from mpinfer.generate.stage import DecodeStage, encode_step, header_words
 from mpinfer.generate.tasks import make_task, readout_kind
 from mpinfer.models.decoder import DecoderSkeleton
 from mpinfer.observe.account import Account
+from mpinfer.pipeline.links import Links
 from mpinfer.pipeline.worker import Worker
 from mpinfer.plan.block import vocabulary_share
 from mpinfer.plan.planner import Plan
 from mpinfer.plan.predict import StepTimes
 from mpinfer.plan.schedule import stream
 from mpinfer.spec import AUTO, JobSpec
-from mpinfer.transport.channel import MpiInbox, MpiOutbox
+from mpinfer.transport.channel import MpiInbox
 from mpinfer.transport.endpoint import Endpoint
 from mpinfer.transport.local import LocalChannel
-from mpinfer.transport.message import ChannelPlan, Inbox, Message
+from mpinfer.transport.message import ChannelPlan, Inbox, Message, padded
 
 _ACTIVATIONS_TAG, _SAMPLES_TAG = 1, 2
 _TYPICAL_LENGTH = 128  # tokens of context of the decode step that is timed
@@ -49,8 +49,7 @@ class DecodeRank:
         self._endpoint, self._spec, self._plan = endpoint, spec, plan
         self._account = Account()
         self._hidden_size, self._final_size, self._dtype = skeleton.hidden_size, skeleton.final_size, skeleton.dtype
-        self._inboxes: list[MpiInbox] = []
-        self._outboxes: list[MpiOutbox] = []
+        self._links = Links(endpoint, self._account, spec.transport.blocking)
         self._feed: RecordFeed | None = None
         self._step_tokens = max(spec.generate.step_tokens, plan.micro_batch)  # one of every sequence must fit
         length = skeleton.max_length if spec.generate.max_length == AUTO else spec.generate.max_length
@@ -95,7 +94,7 @@ class DecodeRank:
         tokens, samples = (0,) * sum(s.length for s in segments), sum(s.samples for s in segments)
         message = encode_step(Step(tuple(segments), tokens, (0,) * min(samples, self._targets)))
         if not self._part.first:
-            message = Message(message.header, torch.zeros(len(tokens), self._hidden_size, dtype=self._dtype))
+            message = Message(message.header, (torch.zeros(len(tokens), self._hidden_size, dtype=self._dtype),))
         hidden = torch.zeros(samples, self._final_size)
         for _ in range(2):
             started = time.perf_counter()
@@ -116,10 +115,7 @@ class DecodeRank:
         return {
             **{f"{phase}_s": seconds for phase, seconds in self._account.close().items()},
             **feed_tokens,
-            "in_flight_s": sum(outbox.in_flight_s for outbox in self._outboxes),
-            "bytes_sent": sum(outbox.bytes_sent for outbox in self._outboxes) + self._endpoint.control_bytes_sent,
-            "bytes_received": sum(inbox.bytes_received for inbox in self._inboxes)
-            + self._endpoint.control_bytes_received,
+            **self._links.figures(),
             "weight_bytes": self._part.weight_bytes,
             "linear_kernels": self._part.kernels,
             "read_bytes": self._part.read_bytes,
@@ -141,30 +137,24 @@ class DecodeRank:
         if self._plan.stages == 1:
             return LocalChannel()
         source = self.coordinates.stage
-        plan = self._channel(source, (source + 1) % self._plan.stages)
-        outbox = MpiOutbox(self._endpoint, plan, self._waiting, self._spec.transport.blocking)
-        self._outboxes.append(outbox)
-        return outbox
+        return self._links.outbox(self._channel(source, (source + 1) % self._plan.stages))
 
     def _inbox_from(self, stage: int) -> MpiInbox:
-        inbox = MpiInbox(self._endpoint, self._channel(stage, self.coordinates.stage), self._waiting)
-        self._inboxes.append(inbox)
-        return inbox
+        return self._links.inbox(self._channel(stage, self.coordinates.stage))
 
     def _channel(self, source: int, destination: int) -> ChannelPlan:
         """The link between two stages of this replica, from the last to the first for samples. Same on both ends."""
         plan = self._plan
         back = destination == 0
+        rows, width = (self._samples, self._samples_width) if back else (self._step_tokens, self._hidden_size)
+        dtype = torch.float32 if back else self._dtype
         return ChannelPlan(
             source=plan.grid.rank(self.coordinates.replica, source),
             destination=plan.grid.rank(self.coordinates.replica, destination),
             tag=_SAMPLES_TAG if back else _ACTIVATIONS_TAG,
             header_words=header_words(plan.in_flight * plan.micro_batch, plan.micro_batch, self._targets),
-            rows=self._samples if back else self._step_tokens,
-            width=self._samples_width if back else self._hidden_size,
-            dtype=torch.float32 if back else self._dtype,
+            values=1,
+            dimensions=2,
+            payload_bytes=padded(rows * width * dtype.itemsize),
             depth=plan.in_flight + 1,  # every group, and the end of the stream
         )
-
-    def _waiting(self, phase: Any) -> AbstractContextManager[None]:
-        return self._account.phase(phase)

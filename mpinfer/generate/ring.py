@@ -40,7 +40,6 @@ class Finish:
         """Of a message that came back from the last stage, one for every sample; `sequences`: of every sample."""
         if not sequences:
             return []
-        assert message.payload is not None
         with self._account.phase("compute"), torch.inference_mode():
             hidden, share = message.payload[:, : self._final_size], message.payload[:, self._final_size :]
             own = self._readout.reduce(hidden, decode_header(message.header).targets)

@@ -32,7 +32,7 @@ def encode_step(step: Step) -> Message:
     counts = [len(step.segments), len(step.released)]
     segments = [word for segment in step.segments for word in segment]
     header = np.array([*counts, *segments, *step.released, *step.targets], dtype=np.int32)
-    return Message(header, torch.tensor(step.tokens, dtype=torch.int64)[:, None])
+    return Message(header, (torch.tensor(step.tokens, dtype=torch.int64)[:, None],))
 
 
 def decode_header(header: np.ndarray) -> Header:
@@ -52,7 +52,6 @@ class DecodeStage:
     def forward(self, message: Message) -> Message:
         """Token ids [tokens, 1] or activations [tokens, hidden] in, activations out; of the last stage what it reads
         out of the final hidden states of the step's samples."""
-        assert message.payload is not None
         segments, released, targets = decode_header(message.header)
         for slot in released:
             self._cache.release(slot)
@@ -60,6 +59,6 @@ class DecodeStage:
         x = message.payload.to(self._cache.device)
         y = self._part(x[:, 0] if self._part.first else x, step.positions, step)
         if not self._part.last:
-            return Message(message.header, y)
+            return Message(message.header, (y,))
         samples = y[step.samples]
-        return Message(message.header, torch.cat([samples.float(), self._readout.reduce(samples, targets)], dim=1))
+        return Message(message.header, (torch.cat([samples.float(), self._readout.reduce(samples, targets)], dim=1),))

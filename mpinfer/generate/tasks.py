@@ -11,12 +11,13 @@ from typing import Any, Protocol
 
 import torch
 
-from mpinfer.errors import RecordError
+from mpinfer.errors import ModelError, RecordError
 from mpinfer.generate.readout import Best, Likelihood, Logits, NoReadout, Readout, merge_best, merge_likelihood
 from mpinfer.generate.sampling import Sampling, choose_tokens
 from mpinfer.generate.scheduler import Limits, Sequence
 from mpinfer.generate.text import Text, stop_token_ids
 from mpinfer.models.decoder import DecoderSkeleton
+from mpinfer.models.pooling import Pooling, pooling_of
 from mpinfer.spec import EmbedSpec, GenerateSpec, JobSpec, SamplingSpec, record_sampling
 
 
@@ -140,8 +141,13 @@ class Score:
 class Embed:
     """A vector for each text: its tokens' final hidden states, pooled."""
 
-    def __init__(self, text: Text, spec: EmbedSpec, max_length: int) -> None:
-        self._text, self._spec, self._max_length = text, spec, max_length
+    def __init__(self, text: Text, spec: EmbedSpec, pooling: Pooling, max_length: int) -> None:
+        """Raises `ModelError` for a pooling that makes no sense of a decoder."""
+        if pooling == "first":
+            raise ModelError(
+                "embed.pooling=first: the first token of a decoder has seen no other; use mean or last, or an encoder"
+            )
+        self._text, self._spec, self._pooling, self._max_length = text, spec, pooling, max_length
 
     def sequences(self, index: int, id: str | int, line: str) -> list[Sequence]:
         record = json.loads(line)
@@ -158,7 +164,7 @@ class Embed:
 
     def _sequence(self, index: int, id: str | int, number: int, tokens: list[int]) -> Sequence:
         prompt = _prompt(tokens, self._max_length)
-        sample_from = len(prompt) - 1 if self._spec.pooling == "last" else 0
+        sample_from = len(prompt) - 1 if self._pooling == "last" else 0
         return Sequence(index, id, prompt, number=number, sample_from=sample_from)
 
     def _vector(self, sequence: Sequence) -> list[float]:
@@ -176,7 +182,7 @@ def make_task(spec: JobSpec, skeleton: DecoderSkeleton, max_length: int, needs_l
         case "score":
             return Score(text, max_length)
         case "embed":
-            return Embed(text, spec.embed, max_length)
+            return Embed(text, spec.embed, pooling_of(directory, spec.embed.pooling), max_length)
     return Generate(text, spec.generate, stop_token_ids(directory, skeleton.config), max_length, needs_logits)
 
 

@@ -4,13 +4,18 @@ Needs no torch, so that a mistyped path, a missing shard or a truncated file is 
 """
 
 import json
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mpinfer.errors import ModelError
+from mpinfer.spec import AUTO, ModelSpec
 
+Kind = Literal["decoder", "graph"]
+
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 HEADER_LIMIT_BYTES = 100_000_000  # the format's own limit
 
 
@@ -35,28 +40,89 @@ class StoredTensor:
 
 
 class Checkpoint:
-    """The tensors of a model directory, by name. Raises `ModelError` for missing, truncated or damaged files."""
+    """The tensors of a model directory or of one safetensors file, by name.
+
+    Raises `ModelError` for missing, truncated or damaged files.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.tensors: dict[str, StoredTensor] = {}
-        for file in _weight_files(directory):
+        for file in _weight_files(directory) if directory.is_dir() else [directory]:
             for name, tensor in _read_header(file).items():
                 self.tensors[name] = tensor
+
+    @classmethod
+    def of(cls, file: Path, tensors: dict[str, StoredTensor]) -> "Checkpoint":
+        """Tensors that lie in a file of another format."""
+        checkpoint = cls.__new__(cls)
+        checkpoint.directory, checkpoint.tensors = file, tensors
+        return checkpoint
+
+
+def check_model(spec: ModelSpec) -> Kind:
+    """What kind of model the job names, once all of its files are found there and whole; raises `ModelError`."""
+    path = Path(spec.path)
+    factory = re.fullmatch(r"[\w.]+:[\w.]+", spec.path) is not None and not path.exists()
+    if spec.weights != AUTO and not factory:
+        raise ModelError(
+            f"model.weights={spec.weights}: is for a model made by package.module:factory, and {spec.path} has its "
+            f"own; leave it out"
+        )
+    if factory:
+        _check_weights_file(spec.weights)
+    elif path.suffix == ".pt2":
+        if not path.is_file():
+            raise ModelError(f"model.path={path}: no such file; give a program that torch.export.save wrote")
+    else:
+        config = json.loads((check_model_directory(spec.path) / "config.json").read_text(encoding="utf-8"))
+        Checkpoint(path)
+        if _is_decoder(config, spec.task):
+            return "decoder"
+    if spec.task in ("generate", "score"):
+        raise ModelError(
+            f"model.path={path}: model.task={spec.task} needs a decoder language model in a Hugging Face directory; "
+            f"use classify, embed or forward"
+        )
+    return "graph"
+
+
+def _is_decoder(config: dict[str, Any], task: str) -> bool:
+    """By the architecture's name; a directory that names none is taken for what the task needs."""
+    architectures = config.get("architectures")
+    if task in ("classify", "forward"):
+        return False
+    if not architectures:
+        return task in ("generate", "score")
+    return str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+
+
+def _check_weights_file(weights: str) -> None:
+    if weights == AUTO:
+        return
+    file = Path(weights)
+    if file.suffix not in (".safetensors", ".pt", ".pth"):
+        raise ModelError(f"model.weights={file}: not a .safetensors, .pt or .pth file; give one of these")
+    if not file.is_file():
+        raise ModelError(f"model.weights={file}: no such file; give a .safetensors, .pt or .pth file")
+    if file.suffix == ".safetensors":
+        Checkpoint(file)
 
 
 def check_model_directory(path: str) -> Path:
     """The directory as a `Path` when it looks like a model; raises `ModelError`."""
     directory = Path(path)
-    if directory.suffix == ".gguf":
-        raise ModelError(f"model.path={path}: a GGUF file; convert it first: mpinfer convert {path} DIRECTORY")
     if not directory.is_dir():
-        raise ModelError(f"model.path={path}: no such directory; give a directory with config.json and safetensors")
+        raise ModelError(
+            f"model.path={path}: no such directory; give a directory with config.json and safetensors, a .gguf or .pt2 "
+            f"file, or package.module:factory"
+        )
     config = directory / "config.json"
     if not config.is_file():
         raise ModelError(f"model.path={path}: has no config.json; give a Hugging Face model directory")
     try:
-        json.loads(config.read_text(encoding="utf-8"))
+        if not isinstance(json.loads(config.read_text(encoding="utf-8")), dict):
+            raise ValueError("not an object")
     except (OSError, ValueError) as error:
         raise ModelError(f"{config}: not valid JSON ({error}); fetch or convert the model again") from None
     return directory

@@ -20,6 +20,7 @@ from mpinfer.models import attention
 from mpinfer.models.checkpoint import Checkpoint
 from mpinfer.models.fused import FusedLinear, FusedMember, concatenated, find_group
 from mpinfer.models.linear import LayerTuner, packed_bytes
+from mpinfer.models.meta import parameters_on_meta
 from mpinfer.models.sources import Source, computed_buffers, find_sources
 from mpinfer.models.weights import check_shape
 from mpinfer.plan.block import Block, ModelSummary, vocabulary_share
@@ -367,7 +368,7 @@ def _build_without_weights(config: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        with _parameters_on_meta():
+        with parameters_on_meta():
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attention.register(), trust_remote_code=False
             )
@@ -378,24 +379,6 @@ def _build_without_weights(config: Any, dtype: torch.dtype) -> Any:
             f"({first[:120]}); give a decoder language model for task generate"
         ) from None
     return model.eval()
-
-
-@contextlib.contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Modules built inside get parameters on the meta device, but real buffers: rotary frequencies and the like
-    are computed by the constructor and stored in no checkpoint."""
-    register = nn.Module.register_parameter
-
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and parameter.device.type != "meta":
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _pipeline_plan(base: nn.Module, config: Any) -> tuple[list[str], str, list[str]]:

@@ -1,7 +1,7 @@
 """What the planner knows of a model: an ordered list of blocks with their costs. Owns no tensors."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -10,8 +10,10 @@ class Block:
 
     name: str
     weights: tuple[tuple[str, int], ...]  # (tensor name, bytes in the job's dtype)
-    flops_per_token: float  # for every token that enters the model
-    flops_per_sample: float  # for every token that is sampled: the head sees only those
+    cost_per_token: (
+        float  # for every token (or record) that enters the model: FLOPs, or seconds where they are measured
+    )
+    cost_per_sample: float  # for every token that is sampled: the head sees only those
     kv_bytes_per_token: int = 0  # of keys and values
 
     @property
@@ -28,12 +30,20 @@ class ModelSummary:
 
     blocks: tuple[Block, ...]
     ends: tuple[Block, Block] | None = None
+    micro_batch: int = 64  # most sequences or records in a group; decoders gain little from larger ones
+    micro_batch_is_fixed: bool = False  # the model takes no larger ones
+    problem: str = ""  # why the model cannot be cut, if it cannot
+
+    @property
+    def decodes(self) -> bool:
+        """Whether sequences go round with a KV cache; else records pass once."""
+        return any(block.kv_bytes_per_token for block in self.blocks)
 
     def for_stages(self, stages: int) -> "ModelSummary":
         """The blocks as a pipeline of so many stages holds them."""
         if stages == 1 or self.ends is None:
-            return ModelSummary(self.blocks)
-        return ModelSummary((self.ends[0], *self.blocks[1:-1], self.ends[1]))
+            return replace(self, ends=None)
+        return replace(self, blocks=(self.ends[0], *self.blocks[1:-1], self.ends[1]), ends=None)
 
     @property
     def weight_bytes(self) -> int:
@@ -72,8 +82,8 @@ class Workload:
         return Workload(round(self.records * fraction), *(total * fraction for total in totals))
 
     def cost(self, block: Block) -> float:
-        """FLOPs that this workload asks of a block."""
-        return block.flops_per_token * (self.prompt_tokens + self.new_tokens) + block.flops_per_sample * self.samples
+        """What this workload asks of a block."""
+        return block.cost_per_token * (self.prompt_tokens + self.new_tokens) + block.cost_per_sample * self.samples
 
 
 def costs(blocks: Sequence[Block], workload: Workload) -> list[float]:

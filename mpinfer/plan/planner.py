@@ -16,7 +16,6 @@ from mpinfer.plan.grid import Grid
 from mpinfer.plan.partition import part_costs, partition
 from mpinfer.spec import AUTO, ParallelSpec
 
-MAX_MICRO_BATCH = 64  # sequences; beyond it a step of small GEMMs gains little and takes long to join or leave
 SLACK = 1.25  # slots for what a group may get: shares are even by cost, and the shorter records the more of them
 MEMORY_SHARE = 0.7  # of a rank's memory that weights may take
 KV_MEMORY_SHARE = 0.85  # that weights and KV cache may take together; the rest is activations and libraries
@@ -30,7 +29,7 @@ class Plan:
     stages: int
     shards: int
     cuts: tuple[int, ...]
-    micro_batch: int  # sequences in a group
+    micro_batch: int  # sequences or records in a group
     in_flight: int  # groups of a replica
     kv_tokens: int  # of all sequences of a replica at work, that every stage's KV cache has room for
     reasons: tuple[str, ...]
@@ -64,9 +63,11 @@ def make_plan(
     cores (`cores_per_rank` below 1), fewer groups keep every core busy, and larger ones compute faster.
     """
     ranks, blocks = len(rank_memory_bytes), len(model.blocks)
-    reasons: list[str] = []
+    reasons: list[str] = [f"the model runs whole, in replicas only: {model.problem}"] if model.problem else []
     shards = 1
     stages = _given_or(parallel.stages, lambda: _fewest_stages(parallel, model, workload, rank_memory_bytes, reasons))
+    if stages > 1 and model.problem:
+        raise PlanError(f"parallel.stages={stages}: the model cannot be cut ({model.problem}); use 1 stage")
     if stages > blocks:
         raise PlanError(f"parallel.stages={stages}: more stages than the model's {blocks} blocks; use at most {blocks}")
     if ranks % stages:
@@ -82,20 +83,28 @@ def make_plan(
         )
     model = model.for_stages(stages)
     cuts = partition(costs(model.blocks, workload), stages)
-    kv_tokens = _kv_tokens(model, cuts, rank_memory_bytes, kv_cache_bytes, reasons)
+    kv_tokens = _kv_tokens(model, cuts, rank_memory_bytes, kv_cache_bytes, reasons) if model.decodes else 0
     at_work = ceil(stages * min(1.0, cores_per_rank))  # stages that have a core at the same time
-    in_flight = _given_or(parallel.in_flight, lambda: at_work)
+    # Without a KV cache nothing comes back to the first stage: one micro-batch more waits before each.
+    in_flight = _given_or(parallel.in_flight, lambda: at_work if model.decodes else 2 * stages)
     if in_flight < at_work:
         raise PlanError(
             f"parallel.in_flight={in_flight}: fewer groups than the {at_work} stages that have a core leave some idle; "
             f"use at least {at_work}"
         )
     share = workload.records / (replicas * in_flight)
-    micro_batch = _given_or(parallel.micro_batch, lambda: min(ceil(share * SLACK), MAX_MICRO_BATCH))
+    slack = SLACK if model.decodes else 1.0
+    micro_batch = _given_or(parallel.micro_batch, lambda: min(ceil(share * slack), model.micro_batch))
     if parallel.micro_batch == AUTO:
+        more = f" and {slack - 1:.0%} more" if model.decodes else ""
         reasons.append(
-            f"micro_batch {micro_batch}: {workload.records} records over {replicas * in_flight} groups and "
-            f"{SLACK - 1:.0%} more, at most {MAX_MICRO_BATCH}"
+            f"micro_batch {micro_batch}: {workload.records} records over {replicas * in_flight} groups{more}, at most "
+            f"{model.micro_batch}"
+        )
+    if micro_batch > model.micro_batch and model.micro_batch_is_fixed:
+        raise PlanError(
+            f"parallel.micro_batch={micro_batch}: the program was exported for batches of {model.micro_batch}; use at "
+            f"most that, or export it with a dynamic batch"
         )
     return Plan(replicas, stages, shards, cuts, micro_batch, in_flight, kv_tokens, tuple(reasons))
 
@@ -106,8 +115,8 @@ def describe(plan: Plan, model: ModelSummary, workload: Workload) -> str:
     total = costs(model.blocks, workload)
     parts = part_costs(total, plan.cuts)
     lines = [
-        f"plan: {plan.grid} = {plan.grid.size} ranks, {plan.in_flight} groups of {plan.micro_batch} sequences "
-        f"in flight per replica",
+        f"plan: {plan.grid} = {plan.grid.size} ranks, {plan.in_flight} groups of {plan.micro_batch} "
+        f"{'sequences' if model.decodes else 'records'} in flight per replica",
         f"  {'stage':>5}  {'blocks':<22} {'weights':>10}  {'work':>6}",
     ]
     for stage, (start, stop) in enumerate(pairwise(plan.cuts)):

@@ -10,6 +10,7 @@ from typing import Any
 from mpinfer.errors import OutputError
 from mpinfer.records.files import JOURNAL, MANIFEST, RESULTS, read_manifest, write_atomically
 from mpinfer.records.journal import Journal, read_progress
+from mpinfer.records.shards import named_files, remove_others
 
 _MOST_PROBLEMS = 20  # that are told one by one
 
@@ -40,6 +41,7 @@ def merge(directory: Path, journal: Journal, total: int, facts: dict[str, Any]) 
         )
     digest = hashlib.sha256()
     results_bytes = 0
+    arrays: set[str] = set()
 
     def lines() -> Iterator[bytes]:
         nonlocal results_bytes
@@ -47,9 +49,11 @@ def merge(directory: Path, journal: Journal, total: int, facts: dict[str, Any]) 
             line = result + b"\n"
             digest.update(line)
             results_bytes += len(line)
+            arrays.update(named_files(result))
             yield line
 
     write_atomically(directory / RESULTS, lines())
+    remove_others(directory, arrays)
     manifest = {
         **facts,
         "complete": True,
@@ -58,6 +62,7 @@ def merge(directory: Path, journal: Journal, total: int, facts: dict[str, Any]) 
         "failed": journal.errors,
         "results_sha256": digest.hexdigest(),
         "results_bytes": results_bytes,
+        "arrays_bytes": {name: (directory / name).stat().st_size for name in sorted(arrays)},
         "input_sha256": journal.input_sha256,
         "identity": journal.identity,
     }
@@ -111,6 +116,7 @@ def _judge_results(directory: Path, verdict: Verdict) -> None:
         verdict.problems.append(f"{RESULTS} is missing.")
         return
 
+    _judge_arrays(directory, manifest, verdict)
     digest = hashlib.sha256()
     results_bytes = 0
     seen: set[str | int] = set()
@@ -131,6 +137,18 @@ def _judge_results(directory: Path, verdict: Verdict) -> None:
             verdict.problems.append(
                 f"{RESULTS} does not agree with {MANIFEST}: {key} is {found}, not {manifest.get(key)}."
             )
+
+
+def _judge_arrays(directory: Path, manifest: dict[str, Any], verdict: Verdict) -> None:
+    """Judge the files of arrays that the results name, by their sizes."""
+    for name, size_bytes in (manifest.get("arrays_bytes") or {}).items():
+        try:
+            found = (directory / name).stat().st_size
+        except OSError:
+            verdict.problems.append(f"{name} is missing, and results name it.")
+            continue
+        if found != size_bytes:
+            verdict.problems.append(f"{name} has {found} bytes, not {size_bytes}.")
 
 
 def _judge_line(index: int, line: bytes, seen: set[str | int], verdict: Verdict) -> None:

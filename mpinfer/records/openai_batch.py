@@ -13,7 +13,7 @@ from typing import Any
 
 from mpinfer.errors import InputError, OutputError
 from mpinfer.records.files import RESULTS, encode_json, output_errors, read_manifest, write_atomically
-from mpinfer.records.reader import JsonlInput
+from mpinfer.records.inputs import Input
 from mpinfer.spec import AUTO, JobSpec, spec_from_dict
 
 MOST_TOP_LOGPROBS = 20  # OpenAI's limit
@@ -116,7 +116,7 @@ def responses_file(spec: JobSpec) -> Path | None:
     return path
 
 
-def write_responses(path: Path, spec: JobSpec, records: JsonlInput) -> None:
+def write_responses(path: Path, spec: JobSpec, records: Input) -> None:
     """Write the responses of a complete run, in the order of the input. The same whenever they are written."""
     directory = Path(spec.output.path)
     created = (read_manifest(directory) or {}).get("finished_unix_s", 0)

@@ -25,8 +25,9 @@ class RecordRules:
 
     convert: Callable[[dict[str, Any]], dict[str, Any]] | None = None  # to a record, from a line of another format
 
-    def __init__(self, spec: JobSpec) -> None:
-        self._spec, self._task = spec, spec.model.task
+    def __init__(self, spec: JobSpec, decodes: bool = True) -> None:
+        """`decodes`: whether the model is a decoder; to another one any fields may go."""
+        self._spec, self._task, self._decodes = spec, spec.model.task, decodes
         self.needs_logits, self.new_tokens = False, 0
         if spec.input.format == "openai-batch":
             self.convert = partial(to_record, task=self._task)
@@ -37,6 +38,8 @@ class RecordRules:
         An empty prompt or an empty list of tokens passes: it cannot be computed, but that is an error of the one
         record and not of the input.
         """
+        if not self._decodes:
+            return None if record.keys() - {"id"} else "has no field but its id; give what the model takes"
         inputs = _INPUTS[self._task]
         problem = _input_problem(record, inputs)
         if problem is None and self._task == "score":

@@ -9,7 +9,7 @@ COORDINATOR = 0
 # Kinds of control messages.
 WANT = "want"  # leader to coordinator: how many records it could take
 RECORDS = "records"  # the answer: records, and whether there will be more
-RESULTS = "results"  # leader to coordinator
+RESULTS = "results"  # to the coordinator, from the first or the last stage of a replica
 ACCOUNT = "account"  # every rank to the coordinator, at its end
 
 

@@ -17,24 +17,27 @@ ROWS: dict[str, set[str]] = {
     "errors": set(),
     "version": set(),
     "spec": {"errors"},
+    "plugins": {"errors"},
     "cluster": {"spec"},
     "plan": {"spec"},
     "observe": {"spec", "plan"},
-    "records": {"spec"},
-    "models": {"spec", "plan"},
+    "records": {"spec", "plugins"},
+    "models": {"spec", "plan", "plugins"},
     "transport": {"spec", "plan"},
     "pipeline": {"models", "transport", "observe"},
     "generate": {"pipeline"},
+    "forward": {"pipeline", "records"},
+    "engine": {"generate", "forward"},
     "coordinator": {"records", "transport", "observe"},
-    "preview": {"cluster", "models", "records"},
+    "preview": {"cluster", "engine"},
     "run": {"preview", "generate", "coordinator", "version"},
     "cli": {"run"},
     "__init__": {"version"},
     "__main__": {"cli"},
 }
-WITHOUT_TORCH_AND_MPI = {"errors", "version", "spec", "cluster", "plan", "records"}
+WITHOUT_TORCH_AND_MPI = {"errors", "version", "spec", "plugins", "cluster", "plan", "records"}
 WITHOUT_TORCH = {"generate/scheduler.py"}
-NEVER_AT_TOP_LEVEL = {"transformers", "matplotlib", "accelerate", "gguf"}
+NEVER_AT_TOP_LEVEL = {"transformers", "matplotlib", "accelerate", "gguf", "PIL", "soundfile", "pyarrow"}
 
 
 @dataclass(frozen=True)

@@ -61,13 +61,14 @@ class Lines:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
 def test_a_message_survives_its_slot(dtype):
-    layout = SlotLayout(ChannelPlan(0, 1, 7, header_words=9, rows=4, width=3, dtype=dtype, depth=2))
+    layout = SlotLayout(ChannelPlan(0, 1, 7, header_words=9, values=1, dimensions=2, payload_bytes=128, depth=2))
     slot = layout.allocate()
     payload = torch.arange(6).view(2, 3).to(dtype)
-    size = layout.encode(slot, Message(np.array([5, 6], dtype=np.int32), payload))
+    size = layout.encode(slot, Message(np.array([5, 6], dtype=np.int32), (payload,)))
     assert size <= layout.capacity_bytes
     received = layout.decode(slot)
     assert received.header.tolist() == [5, 6]
+    assert received.payload.dtype == dtype
     assert torch.equal(received.payload, payload)
     assert received.payload.data_ptr() % dtype.itemsize == 0
     layout.encode(slot, END)
@@ -75,12 +76,31 @@ def test_a_message_survives_its_slot(dtype):
 
 
 def test_a_message_beyond_the_plan_is_refused():
-    layout = SlotLayout(ChannelPlan(0, 1, 7, header_words=2, rows=1, width=3, dtype=torch.float32, depth=2))
+    layout = SlotLayout(ChannelPlan(0, 1, 7, header_words=2, values=1, dimensions=1, payload_bytes=64, depth=2))
     slot = layout.allocate()
-    with pytest.raises(ValueError, match="planned for 2 words and 1 rows"):
-        layout.encode(slot, Message(np.zeros(1, dtype=np.int32), torch.zeros(2, 3)))
-    with pytest.raises(ValueError, match="3 header words"):
-        layout.encode(slot, Message(np.zeros(3, dtype=np.int32)))
+    with pytest.raises(ValueError, match="and 128 bytes: the channel was planned for 16 words and 64 bytes"):
+        layout.encode(slot, Message(np.zeros(1, dtype=np.int32), (torch.zeros(17),)))
+    with pytest.raises(ValueError, match="message of 18 words"):
+        layout.encode(slot, Message(np.zeros(16, dtype=np.int32)))
+
+
+def test_every_value_that_crosses_a_cut_survives_its_slot():
+    values = (
+        torch.arange(6.0).view(2, 3).T,
+        5,
+        -(2**40),
+        torch.tensor([True, False]),
+        torch.zeros(0, 4),
+        torch.tensor(7),
+    )
+    layout = SlotLayout(ChannelPlan(0, 1, 7, header_words=1, values=6, dimensions=5, payload_bytes=4 * 64, depth=1))
+    slot = layout.allocate()
+    layout.encode(slot, Message(np.array([1], dtype=np.int32), values))
+    received = layout.decode(slot).values
+    assert [type(value) for value in received] == [type(value) for value in values]
+    for sent, came in zip(values, received, strict=True):
+        same = torch.equal(sent, came) and sent.dtype == came.dtype if isinstance(sent, torch.Tensor) else sent == came
+        assert same
 
 
 def test_every_second_belongs_to_one_phase():
@@ -155,7 +175,7 @@ def test_the_coordinator_is_finished_when_results_and_accounts_are_in():
     control.send(0, ACCOUNT, {"rank": 0})
     control.serve()
     assert coordinator.finished
-    assert kept == [{"index": 1}]
+    assert kept == [{"index": 1, "id": "r1"}]
 
 
 class Doubtful:
@@ -185,7 +205,7 @@ def test_the_feed_keeps_the_scheduler_stocked_and_reports_bad_records():
     assert control.sent[-2] == (
         0,
         RESULTS,
-        [{"index": 1, "id": "b", "error": {"type": "RecordError", "message": "odd: refused; be even"}}],
+        [{"index": 1, "error": {"type": "RecordError", "message": "odd: refused; be even"}}],
     )
     assert control.sent[-1] == (0, WANT, 1)
     control.send(0, RECORDS, {"records": [], "more": False})
@@ -197,7 +217,7 @@ def test_the_feed_keeps_the_scheduler_stocked_and_reports_bad_records():
     feed.finish([second])
     assert control.sent[-1][1] == RECORDS  # nothing sent: the record's other sample is still at work
     feed.finish([first])
-    assert control.sent[-1] == (0, RESULTS, [{"index": 0, "id": "a", "output": {"token_ids": [[5, 6], [7]]}}])
+    assert control.sent[-1] == (0, RESULTS, [{"index": 0, "output": {"token_ids": [[5, 6], [7]]}}])
     assert feed.tokens == {"prompt_tokens": 2, "new_tokens": 3}
 
 

@@ -132,7 +132,7 @@ def test_summary_adds_up_to_the_model(tiny_llama):
     summary = DecoderSkeleton(directory, "float32").summary(with_head=True)
     assert [block.name for block in summary.blocks] == ["embed", *(f"layer.{i}" for i in range(4)), "head"]
     assert summary.weight_bytes == sum(p.numel() * 4 for p in model.parameters())
-    assert summary.blocks[1].flops_per_token == 2 * sum(
+    assert summary.blocks[1].cost_per_token == 2 * sum(
         p.numel() for p in model.model.layers[0].parameters() if p.dim() > 1
     )
 

@@ -22,7 +22,7 @@ def model(layers=6, tied=True):
     """A decoder of unit-cost layers, with an embedding and a head that share their weights when tied."""
     head_name = "embed.w" if tied else "head.w"
     blocks = [Block("embed", (("embed.w", 400),), 0.0, 0.0)]
-    blocks += [Block(f"layer.{i}", ((f"l{i}.w", 100),), 1.0, 0.0) for i in range(layers)]
+    blocks += [Block(f"layer.{i}", ((f"l{i}.w", 100),), 1.0, 0.0, kv_bytes_per_token=1) for i in range(layers)]
     blocks += [Block("head", ((head_name, 400), ("norm", 1)), 0.0, 2.0)]
     return ModelSummary(tuple(blocks))
 

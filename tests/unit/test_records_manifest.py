@@ -57,6 +57,7 @@ def test_results_are_merged_in_input_order(tmp_path: Path) -> None:
         "failed": 1,
         "results_sha256": hashlib.sha256(results).hexdigest(),
         "results_bytes": len(results),
+        "arrays_bytes": {},
         "input_sha256": "ab" * 32,
         "identity": IDENTITY,
         **FACTS,

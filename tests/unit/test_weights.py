@@ -126,7 +126,6 @@ def test_batch_dependent_rope_is_refused(model_copy):
     ("make", "words"),
     [
         (lambda p: p / "nowhere", "no such directory"),
-        (lambda p: p / "x.gguf", "convert it first"),
         (lambda p: p, "has no config.json"),
         (lambda p: (p / "config.json").write_text("{") and p, "not valid JSON"),
     ],

@@ -1,0 +1,117 @@
+"""One rank of a replica that computes in one pass: builds its stage and channels, runs the loop, closes its books."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpinfer.forward.batches import BatchSource
+from mpinfer.forward.prepare import make_preparer
+from mpinfer.forward.results import ResultSink
+from mpinfer.forward.stage import ForwardStage
+from mpinfer.forward.tasks import make_task
+from mpinfer.models.graph import GraphSkeleton
+from mpinfer.observe.account import Account
+from mpinfer.pipeline.links import Links
+from mpinfer.pipeline.worker import Worker
+from mpinfer.plan.planner import Plan
+from mpinfer.plan.predict import StepTimes
+from mpinfer.plan.schedule import stream
+from mpinfer.records.loader import make_loader
+from mpinfer.spec import JobSpec, arrays_in_files
+from mpinfer.transport.endpoint import Endpoint
+from mpinfer.transport.message import ChannelPlan, Inbox, Message, Outbox, padded
+
+_TAG = 1
+
+
+class ForwardRank:
+    """A rank between its neighbours: records or values in, values or results out.
+
+    Loads this rank's partition. Raises `ModelError`.
+    """
+
+    def __init__(self, endpoint: Endpoint, spec: JobSpec, plan: Plan, skeleton: GraphSkeleton, device: str) -> None:
+        self.coordinates = plan.grid.coordinates(endpoint.rank)
+        self._endpoint, self._spec, self._plan, self._skeleton = endpoint, spec, plan, skeleton
+        self._account = Account()
+        self._links = Links(endpoint, self._account, spec.transport.blocking)
+        started = time.perf_counter()
+        start, stop = plan.blocks_of(self.coordinates.stage)
+        self._part = skeleton.load_part(start, stop, device, plan.micro_batch, endpoint.progress)
+        self._load_s = time.perf_counter() - started
+        self._stage = ForwardStage(self._part)
+        self._inbox: Inbox = self._make_inbox()
+        self._worker = Worker(self._inbox, self._stage, self._make_outbox(), self._account)
+
+    def step_times(self) -> StepTimes:
+        """Time a full micro-batch on this stage. Also its warm-up; leaves no trace."""
+        start, _ = self._plan.blocks_of(self.coordinates.stage)
+        values = self._skeleton.example(start, self._plan.micro_batch)
+        message = Message(np.zeros(1, dtype=np.int32), tuple(values))
+        for _ in range(2):
+            started = time.perf_counter()
+            self._stage.forward(message)
+        return StepTimes(time.perf_counter() - started, 0.0)
+
+    def run(self) -> None:
+        """The loop, until the stream of batches ends."""
+        self._account.restart()
+        self._worker.run(stream())
+        self._inbox.close()
+
+    def close_account(self) -> dict[str, Any]:
+        """This rank's figures, all measured: seconds per phase, bytes over channels and in control messages."""
+        return {
+            **{f"{phase}_s": seconds for phase, seconds in self._account.close().items()},
+            "prompt_tokens": 0,
+            "new_tokens": 0,
+            **self._links.figures(),
+            "weight_bytes": self._part.weight_bytes,
+            "linear_kernels": dict(self._part.kernels),
+            "read_bytes": self._part.read_bytes,
+            "read_s": self._load_s,
+        }
+
+    def _make_inbox(self) -> Inbox:
+        """Of a first stage the records, of another one the channel from the one before."""
+        if self.coordinates.stage > 0:
+            return self._links.inbox(self._channel(self.coordinates.stage))
+        program, fixed = self._skeleton.program, self._skeleton.fixed_batch
+        return BatchSource(
+            self._endpoint,
+            make_loader(self._spec.input),
+            make_preparer(self._spec),
+            check=(lambda sample: None) if program is None else program.check,
+            values=self._skeleton.first_values,
+            micro_batch=self._plan.micro_batch,
+            # A program was traced for batches of two or more: for one record torch may have meant something else.
+            rows=lambda records: fixed or (max(records, 2) if program is not None else records),
+            account=self._account,
+        )
+
+    def _make_outbox(self) -> Outbox:
+        """Of a last stage the results, of another one the channel to the next."""
+        if self.coordinates.stage < self._plan.stages - 1:
+            return self._links.outbox(self._channel(self.coordinates.stage + 1))
+        directory = Path(self._spec.output.path) if arrays_in_files(self._spec) else None
+        return ResultSink(
+            self._endpoint, make_task(self._spec), lambda: self._part.output_names, directory, self._account
+        )
+
+    def _channel(self, destination: int) -> ChannelPlan:
+        """The link into a stage of this replica. Same on both ends."""
+        plan = self._plan
+        start, _ = plan.blocks_of(destination)
+        dimensions, sizes = self._skeleton.capacity(start, max(2, plan.micro_batch))
+        return ChannelPlan(
+            source=plan.grid.rank(self.coordinates.replica, destination - 1),
+            destination=plan.grid.rank(self.coordinates.replica, destination),
+            tag=_TAG,
+            header_words=plan.micro_batch,
+            values=len(sizes),
+            dimensions=dimensions,
+            payload_bytes=sum(map(padded, sizes)),
+            depth=max(2, plan.in_flight // plan.stages),
+        )

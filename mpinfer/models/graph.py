@@ -1,0 +1,291 @@
+"""Models of any kind as blocks that can be cut between ranks: encoders, CNNs, RNNs, the user's own modules.
+
+The model is a program (`program.py`), cut between any two of its operations (`cut.py`). What torch cannot trace stays
+whole: one block, in replicas.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from mpinfer.models.build import Built, build
+from mpinfer.models.cut import Cutter, concrete, size_bytes
+from mpinfer.models.linear import LayerTuner, packed_bytes
+from mpinfer.models.profile import estimated_cost, operation_seconds
+from mpinfer.models.program import InputShape, Program, bind_inputs, named_outputs
+from mpinfer.plan.block import Block, ModelSummary
+from mpinfer.spec import JobSpec
+
+MICRO_BATCH = 8  # records; larger ones leave the caches and fill a pipeline late
+_LINEAR = torch.ops.aten.linear.default
+_NEAR, _SAME = 0.04, 0.005  # of the program's cost: a cut gives way to one so near that carries half; to any so near
+
+
+class GraphSkeleton:
+    """A model without weights, and where it can be cut. Raises `ModelError`.
+
+    `shapes`: of the inputs, by one record. The same on every rank.
+    """
+
+    def __init__(self, spec: JobSpec, shapes: Mapping[str, InputShape]) -> None:
+        self._spec, self._shapes = spec, shapes
+        self._built: Built = build(spec, shapes)
+        self.problem = self._built.problem  # why it cannot be cut; "" if it can
+        if self._built.program is not None:
+            self._cutter = Cutter(self._built.program)
+            self._boundaries = self._choose_boundaries()
+
+    @property
+    def program(self) -> Program | None:
+        return self._built.program
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """Records of a batch, of a program that was exported for so many and no other number."""
+        if self.program is None:
+            return None
+        sizes = [node.meta["val"].shape[0] for node in self.program.inputs.values()]
+        return next((size for size in sizes if isinstance(size, int)), None)
+
+    def summary(self) -> ModelSummary:
+        """Blocks with their weights and measured costs, for the planner: in seconds a record."""
+        batch = self.fixed_batch or MICRO_BATCH
+        if self._built.program is None:
+            assert self._built.model is not None
+            weights = tuple((name, tensor.nbytes) for name, tensor in self._built.model.state_dict().items())
+            return ModelSummary((Block("whole", weights, 1.0, 0.0),), micro_batch=batch, problem=self.problem)
+        seconds = operation_seconds(self._cutter.operations, self._symbols(batch))
+        blocks = []
+        for number, (start, stop) in enumerate(pairwise(self._boundaries)):
+            nodes = self._cutter.weights(start, stop)
+            names = [self._built.program.weights[node] for node in nodes]
+            sizes = [size_bytes(node.meta["val"], {}) for node in nodes]
+            name = names[0].rpartition(".")[0] if names else f"block.{number}"
+            weights = tuple(zip(names, sizes, strict=True))
+            blocks.append(Block(name, weights, sum(seconds[start:stop]) / batch, 0.0))
+        return ModelSummary(tuple(blocks), micro_batch=batch, micro_batch_is_fixed=self.fixed_batch is not None)
+
+    def capacity(self, block: int, batch: int) -> tuple[int, list[int]]:
+        """Of a message that crosses into a block: the sum of its values' dimensions, and the most bytes of each."""
+        crossing = self._cutter.crossing(self._boundaries[block])
+        symbols = self._symbols(batch, longest=True)
+        sizes = [size_bytes(node.meta["val"], symbols) for node in crossing]
+        return sum(getattr(node.meta["val"], "ndim", 0) for node in crossing), sizes
+
+    def example(self, block: int, batch: int) -> list[Any]:
+        """What enters a block when a batch of records like the first one comes, as zeros."""
+        if self._built.program is None:
+            return [torch.zeros(s.batch(batch), dtype=getattr(torch, s.dtype)) for s in self._shapes.values()]
+        symbols = self._symbols(batch)
+        values = [node.meta["val"] for node in self._cutter.crossing(self._boundaries[block])]
+        return [
+            torch.zeros([concrete(n, symbols) for n in value.shape], dtype=value.dtype)
+            if isinstance(value, torch.Tensor)
+            else concrete(value, symbols)
+            for value in values
+        ]
+
+    def first_values(self, batch: Mapping[str, torch.Tensor]) -> list[Any]:
+        """What enters the first block, of a batch's tensors by name."""
+        if self._built.program is None:
+            return [batch[name] for name in self._shapes]
+        by_node = {node: name for name, node in self._built.program.inputs.items()}
+        return [batch[by_node[node]] for node in self._cutter.crossing(0)]
+
+    def load_part(
+        self, start: int, stop: int, device: str, micro_batch: int, on_block: Callable[[], None]
+    ) -> "GraphPart | WholePart":
+        """Blocks [start, stop) with their weights, ready to run. Reads no others.
+
+        `on_block` is called before each block (the transport makes progress there).
+        """
+        if self._built.program is None:
+            return WholePart(self._built, list(self._shapes), device)
+        return _Loader(self._built, self._cutter, self._symbols(micro_batch), device, self._spec.model.quantize).load(
+            self._boundaries[start : stop + 1], on_block
+        )
+
+    def _choose_boundaries(self) -> list[int]:
+        """Cuts before operations with weights; of those that are near each other the ones that carry least."""
+        symbols = self._symbols(self.fixed_batch or MICRO_BATCH)
+        costs = [estimated_cost(node, symbols) for node in self._cutter.operations]
+        before = [0.0, *accumulate(costs)]
+        carried = {
+            p: sum(size_bytes(node.meta["val"], symbols) for node in self._cutter.crossing(p))
+            for p in self._cutter.candidates()
+        }
+        kept: list[int] = []
+        for position in sorted(carried, key=carried.__getitem__):
+            reaches = (_NEAR if 2 * carried[other] <= carried[position] else _SAME for other in kept)
+            spans = (abs(before[other] - before[position]) / before[-1] for other in kept)
+            if all(span > reach for span, reach in zip(spans, reaches, strict=True)):
+                kept.append(position)
+        return [0, *sorted(kept), self._cutter.end]
+
+    def _symbols(self, batch: int, longest: bool = False) -> dict[Any, int]:
+        assert self._built.program is not None
+        shapes = {name: s.batch(batch, s.longest if longest else None) for name, s in self._shapes.items()}
+        return self._built.program.symbols(shapes)
+
+
+class GraphPart:
+    """Consecutive blocks of a program, with weights."""
+
+    def __init__(
+        self,
+        blocks: Sequence[fx.GraphModule],
+        outputs: Sequence[str],
+        root: nn.Module,
+        read_bytes: int,
+        kernels: Mapping[str, int],
+        device: str,
+        on_block: Callable[[], None],
+    ) -> None:
+        self._blocks, self._on_block, self._device = blocks, on_block, device
+        self.output_names = outputs  # of the last part's values
+        self.read_bytes, self.kernels = read_bytes, dict(kernels)
+        tensors = [*root.parameters(), *root.buffers()]
+        self.weight_bytes = sum(tensor.nbytes for tensor in tensors) + packed_bytes(root)
+
+    @torch.inference_mode()
+    def forward(self, values: Sequence[Any]) -> Sequence[Any]:
+        """What crosses into the part in, what crosses out of it out: tensors and sizes."""
+        values = [v.to(self._device) if isinstance(v, torch.Tensor) else v for v in values]
+        for block in self._blocks:
+            self._on_block()
+            values = block(*values)
+        return values
+
+
+class WholePart:
+    """A model that cannot be cut, with weights."""
+
+    kernels: Mapping[str, int] = {}
+
+    def __init__(self, built: Built, names: Sequence[str], device: str) -> None:
+        assert built.model is not None
+        self._model, self._finish, self._names, self._device = built.model, built.finish, names, device
+        self._by_name = bind_inputs(self._model, list(names))
+        self.output_names: Sequence[str] = ()
+        self.read_bytes = 0
+        loaded: dict[int, torch.Tensor] = {}  # tied tensors share memory
+        for path, module in list(self._model.named_modules()):
+            for leaf, tensor in list(module.named_parameters(recurse=False)):
+                name = f"{path}.{leaf}".lstrip(".")
+                if id(tensor) not in loaded:
+                    target = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    self.read_bytes += built.store.load(name, target)
+                    loaded[id(tensor)] = nn.Parameter(target, requires_grad=False)
+                setattr(module, leaf, loaded[id(tensor)])
+            for leaf, tensor in module.named_buffers(recurse=False):
+                if leaf not in module._non_persistent_buffers_set:
+                    self.read_bytes += built.store.load(f"{path}.{leaf}".lstrip("."), tensor)
+        self._model.to(device)
+        self.weight_bytes = sum(t.nbytes for t in [*self._model.parameters(), *self._model.buffers()])
+
+    @torch.inference_mode()
+    def forward(self, values: Sequence[Any]) -> Sequence[Any]:
+        tensors = [value.to(self._device) for value in values]
+        inputs = dict(zip(self._names, tensors, strict=True))
+        outputs = named_outputs(self._finish(self._model(**inputs) if self._by_name else self._model(*tensors), inputs))
+        self.output_names = list(outputs)
+        return list(outputs.values())
+
+
+class _Loader:
+    """Fills the graphs of a part with weights, one tensor after the other."""
+
+    def __init__(self, built: Built, cutter: Cutter, symbols: Mapping[Any, int], device: str, quantize: str) -> None:
+        assert built.program is not None
+        self._program, self._store, self._cutter, self._symbols = built.program, built.store, cutter, symbols
+        self._device, self._root, self._read_bytes = device, nn.Module(), 0
+        self._quantize = quantize
+        self._tuners: dict[int, LayerTuner] = {}  # by rows of the input
+        given = [*self._program.weights, *self._program.constants]
+        self._names = {node: f"tensor{number}" for number, node in enumerate(given)}
+        self._nodes = {name: node for node, name in self._names.items()}
+
+    def load(self, boundaries: Sequence[int], on_block: Callable[[], None]) -> GraphPart:
+        graphs = []
+        for start, stop in pairwise(boundaries):
+            graph = self._cutter.segment(start, stop, self._names)
+            self._place(graph)
+            self._use_layers(graph)
+            for node in graph.find_nodes(op="get_attr"):
+                self._hold(str(node.target))
+            graphs.append(graph)
+        blocks = [fx.GraphModule(self._root, graph) for graph in graphs]
+        kernels: Counter[str] = Counter()
+        for tuner in self._tuners.values():
+            kernels.update(tuner.kernels)
+        outputs = list(self._program.outputs) if boundaries[-1] == self._cutter.end else []
+        return GraphPart(blocks, outputs, self._root, self._read_bytes, kernels, self._device, on_block)
+
+    def _use_layers(self, graph: fx.Graph) -> None:
+        """Call a layer that is tuned to this machine where the graph has a matrix product with a weight."""
+        for node in list(graph.nodes):
+            if node.op != "call_function" or node.target != _LINEAR or node.kwargs:
+                continue
+            x, weight, bias = (*node.args, None)[:3]
+            given = [source for source in (weight, bias) if source is not None]
+            if not all(self._is_weight(source) for source in given):
+                continue
+            path = "_".join(["linear", *(str(source.target) for source in given)])
+            if not hasattr(self._root, path):
+                rows = size_bytes(node.meta["val"], self._symbols) // node.meta["val"].element_size()
+                layer = self._linear(str(weight.target), None if bias is None else str(bias.target))
+                tuner = self._tuners.setdefault(
+                    rows // layer.out_features, LayerTuner(rows // layer.out_features, self._quantize)
+                )
+                self._root.add_module(path, tuner.tune(layer))
+            with graph.inserting_before(node):
+                call = graph.call_module(path, (x,))
+            node.replace_all_uses_with(call)
+            graph.erase_node(node)
+            for source in given:
+                if not source.users:
+                    graph.erase_node(source)
+
+    def _is_weight(self, source: Any) -> bool:
+        return (
+            isinstance(source, fx.Node)
+            and source.op == "get_attr"
+            and self._nodes.get(str(source.target)) in self._program.weights
+        )
+
+    def _linear(self, weight: str, bias: str | None) -> nn.Linear:
+        filled = self._tensor(weight)
+        layer = nn.Linear(filled.shape[1], filled.shape[0], bias is not None, device="meta")
+        layer.weight = nn.Parameter(filled, requires_grad=False)
+        if bias is not None:
+            layer.bias = nn.Parameter(self._tensor(bias), requires_grad=False)
+        return layer
+
+    def _hold(self, name: str) -> None:
+        """Have the root hold a tensor, or the sub-graph of a branch, that graphs get by name."""
+        if hasattr(self._root, name):
+            return
+        if name not in self._nodes:
+            self._root.add_module(name, self._program.owner.get_submodule(name))
+        elif self._nodes[name] in self._program.constants:
+            self._root.register_buffer(name, self._program.constants[self._nodes[name]].to(self._device))
+        else:
+            self._root.register_buffer(name, self._tensor(name))
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        """A weight, read from the store. One that two blocks of a part share is held once."""
+        node = self._nodes[name]
+        value = node.meta["val"]
+        target = torch.empty(tuple(map(int, value.shape)), dtype=value.dtype)
+        self._read_bytes += self._store.load(self._program.weights[node], target)
+        return target.to(self._device)
+
+    def _place(self, graph: fx.Graph) -> None:
+        """Make what the graph creates, such as masks, on this part's device."""
+        for node in graph.nodes:
+            if isinstance(node.kwargs.get("device"), torch.device):
+                node.kwargs = {**node.kwargs, "device": torch.device(self._device)}

@@ -1,0 +1,83 @@
+"""What each operation of a program costs on this machine: timed alone, on numbers that mean nothing.
+
+FLOPs say little where memory is what takes the time (depthwise convolutions, norms, activations).
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from mpinfer.models.cut import concrete, size_bytes
+
+_REPEATS = 2
+_BUDGET_S = 5.0  # for all operations; those that come later are estimated from the rate of the others
+_FLOPS_PER_BYTE = 8.0  # what a byte costs in the estimate
+
+
+@torch.inference_mode()
+def operation_seconds(operations: Sequence[fx.Node], symbols: Mapping[Any, int]) -> list[float]:
+    """Of each operation when batches of this size enter. Operations that are alike are timed once."""
+    known: dict[str, float] = {}
+    estimates = [estimated_cost(node, symbols) for node in operations]
+    seconds: list[float | None] = []
+    started = time.perf_counter()
+    for node in operations:
+        arguments = pytree.tree_map_only(fx.Node, lambda n: n.meta["val"], (node.args, node.kwargs))
+        key = f"{node.target} {pytree.tree_map(lambda v: _signature(v, symbols), arguments)}"
+        if key not in known and time.perf_counter() - started < _BUDGET_S:
+            known[key] = _time(node.target, arguments, symbols)
+        seconds.append(known.get(key))
+    timed = [(cost, s) for cost, s in zip(estimates, seconds, strict=True) if s is not None]
+    rate = sum(s for _, s in timed) / max(1.0, sum(cost for cost, _ in timed))
+    return [rate * cost if s is None else s for cost, s in zip(estimates, seconds, strict=True)]
+
+
+def estimated_cost(node: fx.Node, symbols: Mapping[Any, int]) -> float:
+    """Of one operation, in FLOPs and a weighed count of bytes. The same on every machine."""
+    value = node.meta["val"]
+    result = value[0] if isinstance(value, tuple | list) else value
+    if not isinstance(result, torch.Tensor):
+        return 0.0
+    numbers = size_bytes(result, symbols) / result.element_size()
+    flops = 0.0
+    for source in node.all_input_nodes:
+        weight = source.meta["val"]
+        if source.op == "placeholder" and weight.dim() > 1 and isinstance(weight.shape[0], int):
+            flops += 2.0 * numbers * size_bytes(weight, symbols) / weight.element_size() / weight.shape[0]
+    is_lookup = "embedding" in str(node.target)
+    return _FLOPS_PER_BYTE * size_bytes(result, symbols) + (0.0 if is_lookup else flops)
+
+
+def _time(target: Any, arguments: Any, symbols: Mapping[Any, int]) -> float:
+    """Seconds of the fastest of a few calls. 0 for what cannot be computed from such numbers."""
+    args, kwargs = pytree.tree_map(lambda value: _stand_in(value, symbols), arguments)
+    best_s = float("inf")
+    try:
+        for _ in range(_REPEATS):
+            started = time.perf_counter()
+            target(*args, **kwargs)
+            best_s = min(best_s, time.perf_counter() - started)
+    except (RuntimeError, IndexError, ValueError, TypeError):
+        return 0.0
+    return best_s
+
+
+def _stand_in(value: Any, symbols: Mapping[Any, int]) -> Any:
+    if isinstance(value, torch.Tensor):
+        shape = [concrete(size, symbols) for size in value.shape]
+        if value.is_floating_point():
+            return torch.full(shape, 0.5, dtype=value.dtype)
+        return (
+            torch.zeros(shape, dtype=value.dtype) if value.dtype != torch.bool else torch.ones(shape, dtype=value.dtype)
+        )
+    return concrete(value, symbols) if isinstance(value, torch.SymInt) else value
+
+
+def _signature(value: Any, symbols: Mapping[Any, int]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype}{[concrete(size, symbols) for size in value.shape]}"
+    return concrete(value, symbols) if isinstance(value, torch.SymInt) else value
