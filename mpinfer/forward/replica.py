@@ -36,6 +36,7 @@ class ForwardRank:
         self.coordinates = plan.grid.coordinates(endpoint.rank)
         self._endpoint, self._spec, self._plan, self._skeleton = endpoint, spec, plan, skeleton
         self._account = Account()
+        endpoint.serving = lambda: self._account.phase("overhead")
         self._links = Links(endpoint, self._account, spec.transport.blocking)
         started = time.perf_counter()
         start, stop = plan.blocks_of(self.coordinates.stage)

@@ -49,6 +49,7 @@ class DecodeRank:
         self._endpoint, self._spec, self._plan = endpoint, spec, plan
         self._account = Account()
         self._hidden_size, self._final_size, self._dtype = skeleton.hidden_size, skeleton.final_size, skeleton.dtype
+        endpoint.serving = lambda: self._account.phase("overhead")
         self._links = Links(endpoint, self._account, spec.transport.blocking)
         self._feed: RecordFeed | None = None
         self._step_tokens = max(spec.generate.step_tokens, plan.micro_batch)  # one of every sequence must fit

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from types import TracebackType
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -51,6 +52,7 @@ class Endpoint:
         self._receives: deque[tuple[MPI.Request, bytearray, int]] = deque()  # handled in order of arrival
         self._channels: list[Progressive] = []
         self._handlers: dict[str, Handler] = {}
+        self.serving: Callable[[], AbstractContextManager[Any]] = nullcontext  # accounts for the time of handlers
         self.control_bytes_sent = 0
         self.control_bytes_received = 0
 
@@ -95,8 +97,9 @@ class Endpoint:
         while self._receives and self._receives[0][0].Test():
             _, buffer, source = self._receives.popleft()
             self.control_bytes_received += len(buffer)
-            kind, body = json.loads(buffer)
-            self._handlers[kind](source, body)
+            with self.serving():
+                kind, body = json.loads(buffer)
+                self._handlers[kind](source, body)
 
     def flush(self) -> None:
         """Wait until every control message that was sent is complete."""
