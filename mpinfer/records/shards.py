@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # numpy loads only where arrays are
 
 ARRAYS = "arrays"
 SHARD_BYTES = 64 * 2**20
+SHARD_RECORDS = 4096  # of tiny arrays it is the objects around them that take memory
 
 
 class ShardWriter:
@@ -33,7 +34,7 @@ class ShardWriter:
 
     @property
     def is_full(self) -> bool:
-        return self._waiting_bytes >= SHARD_BYTES
+        return self._waiting_bytes >= SHARD_BYTES or len(self._waiting) >= SHARD_RECORDS
 
     def flush(self) -> list[tuple[int, dict[str, Any]]]:
         """Write what is waiting; where each record's arrays are, by output. Raises `OutputError`.

@@ -1,13 +1,15 @@
 """Models of every kind, cut and run: the same results as plain torch in one process, under every layout."""
 
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-
-from tests.harness import REPO, Mpi, complete_run, read_jsonl
-from tests.stories import STORIES, small_story
+import yaml
+from harness import REPO, Mpi, complete_run, find_mpis, read_jsonl
+from stories import STORIES, Reference, missing, reference, small_story
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 3)]  # replicas x stages
 RELATIVE = 1e-5  # of the largest number of a record's output
@@ -18,18 +20,65 @@ def story(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return small_story(request.param, tmp_path_factory.mktemp(request.param))
 
 
+def in_ci(mpi: Mpi, layout: tuple[int, int]) -> bool:
+    """The first MPI under every layout, the others under one: what differs between them is the transport alone."""
+    return mpi == find_mpis()[0] or layout == (2, 2)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout[0]}x{layout[1]}")
 def test_every_layout_gives_what_plain_torch_gives(
-    mpi: Mpi, story: Any, layout: tuple[int, int], tmp_path: Path
+    mpi: Mpi, story: Any, layout: tuple[int, int], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    job, reference = story
-    replicas, stages = layout
+    if not in_ci(mpi, layout) and not request.config.getoption("--run-slow"):
+        pytest.skip("slow: give --run-slow")
+    run_and_compare(mpi, *story, layout, tmp_path / "out")
+
+
+@pytest.mark.parametrize("story", STORIES)
+def test_the_jobs_of_the_repository_run_as_they_are(one_mpi: Mpi, story: str, tmp_path: Path) -> None:
+    make_what_is_missing(story)
+    run_and_compare(one_mpi, REPO / "jobs" / f"{story}.yaml", reference(story), None, tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout[0]}x{layout[1]}")
+@pytest.mark.parametrize("story", STORIES)
+def test_real_models_under_every_layout(mpi: Mpi, story: str, layout: tuple[int, int], tmp_path: Path) -> None:
+    make_what_is_missing(story)
+    run_and_compare(mpi, REPO / "jobs" / f"{story}.yaml", reference(story), layout, tmp_path / "out")
+
+
+def test_chelsea_is_a_cat(one_mpi: Mpi, tmp_path: Path) -> None:
+    make_what_is_missing("classify_images")
+    overrides = ["parallel.replicas=1", "parallel.stages=1"]
+    job = REPO / "jobs" / "classify_images.yaml"
+    output = complete_run(one_mpi, None, job, tmp_path / "out", *overrides, cwd=REPO)
+    labels = {result["id"]: result["output"]["label"] for result in read_jsonl(output / "results.jsonl")}
+    assert "cat" in labels["chelsea.jpg"]
+
+
+def make_what_is_missing(story: str) -> None:
+    """By the commands that stand at the beginning of the job file; weights of the world are fetched before."""
+    environment = {**os.environ, "PATH": f"{find_mpis()[0].bin_dir}:{os.environ['PATH']}"}
+    for line in (REPO / "jobs" / f"{story}.yaml").read_text(encoding="utf-8").splitlines():
+        if missing(story) and line.startswith("#   .venv/bin/python "):
+            command = ["python", *line.split()[2:]]
+            subprocess.run(command, cwd=REPO, env=environment, check=True, timeout=120)
+    if missing(story):
+        assert "MPINFER_STORIES" not in os.environ, f"{missing(story)} should have been fetched"
+        pytest.skip(f"no {', '.join(missing(story))}: run the command at the beginning of jobs/{story}.yaml")
+
+
+def run_and_compare(mpi: Mpi, job: Path, wanted: Reference, layout: tuple[int, int] | None, directory: Path) -> None:
+    """`layout`: replicas x stages; None: the job's own."""
+    given = yaml.safe_load(job.read_text(encoding="utf-8")).get("parallel", {})
+    replicas, stages = layout or (given["replicas"], given["stages"])
     overrides = [f"parallel.replicas={replicas}", f"parallel.stages={stages}"]
-    output = complete_run(mpi, replicas * stages, job, tmp_path / "out", *overrides, cwd=REPO)
+    output = complete_run(mpi, replicas * stages, job, directory, *overrides, cwd=REPO)
     results = read_jsonl(output / "results.jsonl")
-    assert [result["id"] for result in results] == list(reference)
+    assert [result["id"] for result in results] == list(wanted)
     for result in results:
-        assert_same(result["output"], reference[result["id"]], output)
+        assert_same(result["output"], wanted[result["id"]], output)
 
 
 def assert_same(found: dict[str, Any], wanted: dict[str, Any], output: Path) -> None:
