@@ -14,6 +14,8 @@ from torch import fx
 
 from mpinfer.models.program import Program
 
+_NORMS = (torch.ops.aten.batch_norm.default, torch.ops.aten._native_batch_norm_legit_no_training.default)
+
 
 class Cutter:
     """The order of a program's operations, by position; a cut at position p lies before operation p."""
@@ -54,8 +56,12 @@ class Cutter:
         return all(_is_sendable(node.meta["val"]) for node in self.crossing(position))
 
     def candidates(self) -> list[int]:
-        """Where a cut separates weights: before every operation that has some."""
-        return [p for p in range(1, self.end) if self._weights(self.operations[p]) and self.can_cut(p)]
+        """Where a cut separates weights: before every operation that has some; a norm stays with its convolution."""
+        return [
+            position
+            for position, node in enumerate(self.operations)
+            if position > 0 and self._weights(node) and node.target not in _NORMS and self.can_cut(position)
+        ]
 
     def weights(self, start: int, stop: int) -> list[fx.Node]:
         """Of the operations from `start` to before `stop`."""

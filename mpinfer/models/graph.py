@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 
 from mpinfer.models.build import Built, build
+from mpinfer.models.convolution import PackedConvolution, can_pack, find_groups
 from mpinfer.models.cut import Cutter, concrete, size_bytes
 from mpinfer.models.linear import LayerTuner, packed_bytes
 from mpinfer.models.profile import estimated_cost, operation_seconds
@@ -20,7 +21,8 @@ from mpinfer.models.program import InputShape, Program, bind_inputs, named_outpu
 from mpinfer.plan.block import Block, ModelSummary
 from mpinfer.spec import JobSpec
 
-MICRO_BATCH = 8  # records; larger ones leave the caches and fill a pipeline late
+MICRO_BATCH = 8  # records, unless a quarter or four times as many compute faster
+_VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 _LINEAR = torch.ops.aten.linear.default
 _NEAR, _SAME = 0.04, 0.005  # of the program's cost: a cut gives way to one so near that carries half; to any so near
 
@@ -53,12 +55,11 @@ class GraphSkeleton:
 
     def summary(self) -> ModelSummary:
         """Blocks with their weights and measured costs, for the planner: in seconds a record."""
-        batch = self.fixed_batch or MICRO_BATCH
         if self._built.program is None:
             assert self._built.model is not None
             weights = tuple((name, tensor.nbytes) for name, tensor in self._built.model.state_dict().items())
-            return ModelSummary((Block("whole", weights, 1.0, 0.0),), micro_batch=batch, problem=self.problem)
-        seconds = operation_seconds(self._cutter.operations, self._symbols(batch))
+            return ModelSummary((Block("whole", weights, 1.0, 0.0),), micro_batch=MICRO_BATCH, problem=self.problem)
+        batch, seconds = self._fastest_batch()
         blocks = []
         for number, (start, stop) in enumerate(pairwise(self._boundaries)):
             nodes = self._cutter.weights(start, stop)
@@ -68,6 +69,23 @@ class GraphSkeleton:
             weights = tuple(zip(names, sizes, strict=True))
             blocks.append(Block(name, weights, sum(seconds[start:stop]) / batch, 0.0))
         return ModelSummary(tuple(blocks), micro_batch=batch, micro_batch_is_fixed=self.fixed_batch is not None)
+
+    def _fastest_batch(self) -> tuple[int, list[float]]:
+        """The batch that a record takes least time in, and the seconds of each operation for all of it."""
+        assert self._built.program is not None
+        graph, operations = self._built.program.graph, self._cutter.operations
+
+        def measure(batch: int) -> tuple[float, int, list[float]]:
+            seconds = operation_seconds(graph, operations, self._symbols(batch))
+            return sum(seconds) / batch, batch, seconds
+
+        best = measure(self.fixed_batch or MICRO_BATCH)
+        if self.fixed_batch is None:
+            smaller, larger = MICRO_BATCH // 4, MICRO_BATCH * 4
+            # Images of a few records may fit a cache where those of more do not; small layers want many records.
+            best = min(best, measure(smaller))
+            best = best if best[1] == smaller else min(best, measure(larger))
+        return best[1], best[2]
 
     def capacity(self, block: int, batch: int) -> tuple[int, list[int]]:
         """Of a message that crosses into a block: the sum of its values' dimensions, and the most bytes of each."""
@@ -205,6 +223,7 @@ class _Loader:
         self._device, self._root, self._read_bytes = device, nn.Module(), 0
         self._quantize = quantize
         self._tuners: dict[int, LayerTuner] = {}  # by rows of the input
+        self._kernels: Counter[str] = Counter()
         given = [*self._program.weights, *self._program.constants]
         self._names = {node: f"tensor{number}" for number, node in enumerate(given)}
         self._nodes = {name: node for node, name in self._names.items()}
@@ -214,16 +233,40 @@ class _Loader:
         for start, stop in pairwise(boundaries):
             graph = self._cutter.segment(start, stop, self._names)
             self._place(graph)
+            self._use_convolutions(graph)
             self._use_layers(graph)
             for node in graph.find_nodes(op="get_attr"):
                 self._hold(str(node.target))
             graphs.append(graph)
         blocks = [fx.GraphModule(self._root, graph) for graph in graphs]
-        kernels: Counter[str] = Counter()
         for tuner in self._tuners.values():
-            kernels.update(tuner.kernels)
+            self._kernels.update(tuner.kernels)
         outputs = list(self._program.outputs) if boundaries[-1] == self._cutter.end else []
-        return GraphPart(blocks, outputs, self._root, self._read_bytes, kernels, self._device, on_block)
+        return GraphPart(blocks, outputs, self._root, self._read_bytes, self._kernels, self._device, on_block)
+
+    def _use_convolutions(self, graph: fx.Graph) -> None:
+        """Call packed convolutions where the graph has convolutions of images, with the norm and activation behind."""
+        groups = find_groups(graph)
+        for group in groups:
+            sources = group.tensors
+            if not all(map(self._is_held, sources)) or not can_pack(self._value(sources[0])):
+                continue
+            path = "_".join(["convolution", *(str(source.target) for source in sources)])
+            if not hasattr(self._root, path):
+                tensors = {source: self._tensor(str(source.target)) for source in sources}
+                self._root.add_module(path, PackedConvolution(group, tensors))
+                self._kernels["onednn convolution"] += 1
+            with graph.inserting_before(group.last):
+                call = graph.call_module(path, (group.convolution.args[0],))
+            group.last.replace_all_uses_with(call)
+            for node in [n for n in (group.activation, group.norm, group.convolution) if n is not None]:
+                graph.erase_node(node)
+            for source in sources:
+                if not source.users:
+                    graph.erase_node(source)
+        for node in graph.nodes if groups else ():
+            if node.target in _VIEWS:  # channels last, a view is not always possible
+                node.target = torch.ops.aten.reshape.default
 
     def _use_layers(self, graph: fx.Graph) -> None:
         """Call a layer that is tuned to this machine where the graph has a matrix product with a weight."""
@@ -232,7 +275,7 @@ class _Loader:
                 continue
             x, weight, bias = (*node.args, None)[:3]
             given = [source for source in (weight, bias) if source is not None]
-            if not all(self._is_weight(source) for source in given):
+            if not all(map(self._is_held, given)):
                 continue
             path = "_".join(["linear", *(str(source.target) for source in given)])
             if not hasattr(self._root, path):
@@ -250,12 +293,17 @@ class _Loader:
                 if not source.users:
                     graph.erase_node(source)
 
-    def _is_weight(self, source: Any) -> bool:
+    def _is_held(self, source: Any) -> bool:
+        """Whether a node of a graph gets a weight by name."""
         return (
             isinstance(source, fx.Node)
             and source.op == "get_attr"
             and self._nodes.get(str(source.target)) in self._program.weights
         )
+
+    def _value(self, source: fx.Node) -> torch.Tensor:
+        """What is known of a weight before it is loaded."""
+        return self._nodes[str(source.target)].meta["val"]
 
     def _linear(self, weight: str, bias: str | None) -> nn.Linear:
         filled = self._tensor(weight)

@@ -10,6 +10,7 @@ from collections import Counter
 import torch
 from torch import nn
 
+from mpinfer.models.convolution import PackedConvolution
 from mpinfer.models.quantize import Int8Embedding, Int8Linear
 
 _REPEATS = 5
@@ -71,7 +72,7 @@ class LayerTuner:
 
 def packed_bytes(model: nn.Module) -> int:
     """Bytes of the weights that packed and quantized layers of a model hold beside its parameters."""
-    kinds = (PackedLinear, Int8Linear, Int8Embedding)
+    kinds = (PackedLinear, PackedConvolution, Int8Linear, Int8Embedding)
     return sum(module.weight_bytes for module in model.modules() if isinstance(module, kinds))
 
 

@@ -11,21 +11,29 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from mpinfer.models.convolution import find_groups
 from mpinfer.models.cut import concrete, size_bytes
 
 _REPEATS = 2
-_BUDGET_S = 5.0  # for all operations; those that come later are estimated from the rate of the others
+_BUDGET_S = 2.0  # for all operations; those that come later are estimated from the rate of the others
 _FLOPS_PER_BYTE = 8.0  # what a byte costs in the estimate
 
 
 @torch.inference_mode()
-def operation_seconds(operations: Sequence[fx.Node], symbols: Mapping[Any, int]) -> list[float]:
-    """Of each operation when batches of this size enter. Operations that are alike are timed once."""
+def operation_seconds(graph: fx.Graph, operations: Sequence[fx.Node], symbols: Mapping[Any, int]) -> list[float]:
+    """Of each operation of a graph when batches of this size enter.
+
+    Operations that are alike are timed once; those computed along with a convolution take no time of their own.
+    """
+    free = {node for group in find_groups(graph) for node in (group.norm, group.activation) if node is not None}
     known: dict[str, float] = {}
     estimates = [estimated_cost(node, symbols) for node in operations]
     seconds: list[float | None] = []
     started = time.perf_counter()
     for node in operations:
+        if node in free:
+            seconds.append(0.0)
+            continue
         arguments = pytree.tree_map_only(fx.Node, lambda n: n.meta["val"], (node.args, node.kwargs))
         key = f"{node.target} {pytree.tree_map(lambda v: _signature(v, symbols), arguments)}"
         if key not in known and time.perf_counter() - started < _BUDGET_S:
@@ -70,7 +78,8 @@ def _stand_in(value: Any, symbols: Mapping[Any, int]) -> Any:
     if isinstance(value, torch.Tensor):
         shape = [concrete(size, symbols) for size in value.shape]
         if value.is_floating_point():
-            return torch.full(shape, 0.5, dtype=value.dtype)
+            images = torch.channels_last if len(shape) == 4 else torch.contiguous_format  # as packed convolutions want
+            return torch.full(shape, 0.5, dtype=value.dtype).contiguous(memory_format=images)
         return (
             torch.zeros(shape, dtype=value.dtype) if value.dtype != torch.bool else torch.ones(shape, dtype=value.dtype)
         )
