@@ -68,7 +68,7 @@ class PackedConvolution(nn.Module):
     def __init__(self, group: Group, tensors: dict[fx.Node, torch.Tensor]) -> None:
         super().__init__()
         given: Any = group.convolution.args[1:]
-        weight, bias, stride, padding, dilation, groups = [*given, *_DEFAULTS[len(given) :]]
+        weight, bias, stride, padding, dilation, groups = list(given) + _DEFAULTS[len(given) :]
         folded, offset = tensors[weight], None if bias is None else tensors[bias]
         if group.norm is not None:
             folded, offset = _fold(folded, offset, group.norm, tensors)

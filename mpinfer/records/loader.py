@@ -10,7 +10,7 @@ from mpinfer.errors import InputError, RecordError
 from mpinfer.plugins import one_line
 from mpinfer.records.arrays import copy_row, open_arrays
 from mpinfer.records.inputs import input_format
-from mpinfer.records.tables import columns_of, open_dataset, open_parquet
+from mpinfer.records.tables import column_names, columns_of, open_dataset, parquet_footers
 from mpinfer.spec import InputFormat, InputSpec
 
 Load = Callable[[dict[str, Any]], dict[str, Any]]
@@ -76,18 +76,21 @@ class _ParquetRows:
     """Reads a row group at a time, and keeps the last one."""
 
     def __init__(self, spec: InputSpec) -> None:
-        self._files = open_parquet(spec)
-        fields = columns_of(spec, self._files[0].schema_arrow.names)
+        footers = parquet_footers(spec)
+        fields = columns_of(spec, column_names(next(iter(footers.values()))))
         self._fields = {field: column for field, column in fields.items() if field != "id"}
-        self._groups = [(file, group) for file in self._files for group in range(file.num_row_groups)]
-        counts = [file.metadata.row_group(group).num_rows for file, group in self._groups]
+        self._groups = [(file, footer, n) for file, footer in footers.items() for n in range(footer.num_row_groups)]
+        counts = [footer.row_group(group).num_rows for _, footer, group in self._groups]
         self._starts = list(accumulate(counts, initial=0))
         self._held: tuple[int, Any] = (-1, None)
 
     def __call__(self, row: int) -> dict[str, Any]:
+        from pyarrow.parquet import ParquetFile
+
         number = bisect_right(self._starts, row) - 1
         if self._held[0] != number:
-            file, group = self._groups[number]
-            self._held = (number, file.read_row_group(group, columns=list(self._fields.values())))
+            path, footer, group = self._groups[number]
+            with ParquetFile(path, metadata=footer) as file:
+                self._held = (number, file.read_row_group(group, columns=list(self._fields.values())))
         table = self._held[1]
         return {field: table[column][row - self._starts[number]].as_py() for field, column in self._fields.items()}

@@ -9,6 +9,7 @@ import os
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from mpinfer.records.files import output_errors, sync_directory
 
@@ -57,7 +58,7 @@ class ShardWriter:
                 if kind not in kinds[name]:
                     kinds[name].append(kind)
                 number = kinds[name].index(kind)
-                stem = f"{first:09}.{name}" if number == 0 else f"{first:09}.{name}.{number}"
+                stem = f"{first:09}{f'-{number}' * (number > 0)}.{quote(name, safe='')}"  # names may have any letters
                 group = rows[(stem, *kind)]
                 places[name] = {"file": f"{ARRAYS}/{stem}.npy", "row": len(group)}
                 group.append(array)
@@ -88,6 +89,7 @@ def named_files(result: bytes) -> set[str]:
 def remove_others(directory: Path, names: set[str]) -> None:
     """Remove shards that no result names: a killed run wrote them before rank 0 knew of them."""
     if (directory / ARRAYS).is_dir():
-        for file in (directory / ARRAYS).iterdir():
-            if f"{ARRAYS}/{file.name}" not in names:
-                file.unlink()
+        with output_errors(directory):
+            for file in (directory / ARRAYS).iterdir():
+                if f"{ARRAYS}/{file.name}" not in names and file.is_file():
+                    file.unlink()

@@ -150,45 +150,56 @@ class ParquetInput(RowInput):
     """Rows of a Parquet file, or of all in a folder by their names. Raises `InputError`."""
 
     def __init__(self, spec: InputSpec) -> None:
-        files = open_parquet(spec)
-        fields = columns_of(spec, files[0].schema_arrow.names)
-        rows = sum(file.metadata.num_rows for file in files)
+        footers = parquet_footers(spec)
+        fields = columns_of(spec, column_names(next(iter(footers.values()))))
+        rows = sum(footer.num_rows for footer in footers.values())
         if not rows:
             raise InputError(f"input.path={spec.path}: has no row; give a table with records")
         ids: Sequence[str | int] = range(rows)
         if "id" in fields:
             column = fields["id"]
             with _parquet_errors(spec):
-                ids = [name for file in files for name in file.read([column])[column].to_pylist()]
+                from pyarrow.parquet import ParquetFile
+
+                ids = []
+                for path, footer in footers.items():
+                    with ParquetFile(path, metadata=footer) as file:
+                        ids += file.read([column])[column].to_pylist()
             if any(type(name) not in (str, int) for name in ids) or len(set(ids)) < rows:
                 raise InputError(
                     f"input.path={spec.path}: column {column!r} is the id, so it must hold strings or integers, each "
                     f"once; correct it, or leave it out of input.columns"
                 )
-        super().__init__(ids, json.dumps([rows, fields]), parquet_files(spec))
+        super().__init__(ids, json.dumps([rows, fields]), list(footers))
 
 
-def parquet_files(spec: InputSpec) -> list[Path]:
-    """The files of a table, in the order of its rows. Raises `OSError`."""
+def parquet_footers(spec: InputSpec) -> dict[Path, Any]:
+    """What stands at the ends of a table's files, in the order of its rows; all have the same columns.
+
+    No file stays open: a folder may have more than a process may open. Raises `InputError`.
+    """
     path = Path(spec.path)
-    return [path / name for name in sorted(files_below(path, (".parquet",)))] if path.is_dir() else [path]
-
-
-def open_parquet(spec: InputSpec) -> list[Any]:
-    """The files of a table, of which only the ends are read; all have the same columns. Raises `InputError`."""
     with _parquet_errors(spec):
-        from pyarrow.parquet import ParquetFile
+        from pyarrow.parquet import read_metadata
 
-        files = [ParquetFile(file) for file in parquet_files(spec)]
-    if not files:
-        raise InputError(f"input.path={spec.path}: the folder holds no .parquet file; give another")
-    for name, file in zip(parquet_files(spec), files, strict=True):
-        if set(file.schema_arrow.names) != set(files[0].schema_arrow.names):
+        files = [path / name for name in sorted(files_below(path, (".parquet",)))] if path.is_dir() else [path]
+        footers = {file: read_metadata(file) for file in files}
+    if not footers:
+        raise InputError(f"input.path={path}: the folder holds no .parquet file; give another")
+    names = column_names(footers[files[0]])
+    for file, footer in footers.items():
+        if set(found := column_names(footer)) != set(names):
             raise InputError(
-                f"input.path={spec.path}: {name} has the columns {', '.join(file.schema_arrow.names)}, the first file "
-                f"{', '.join(files[0].schema_arrow.names)}; give files with the same columns"
+                f"input.path={path}: {file} has the columns {', '.join(found)}, the first file {', '.join(names)}; "
+                f"give files with the same columns"
             )
-    return files
+    return footers
+
+
+def column_names(footer: Any) -> list[str]:
+    """Of a table; nested columns count as one."""
+    names: list[str] = footer.schema.to_arrow_schema().names
+    return names
 
 
 @contextmanager
