@@ -11,6 +11,9 @@ torch-pipelining  two processes of one thread, a GPipe schedule over gloo; cut w
                   are balanced best
 mpinfer-1x2       two ranks of one thread, as the stages of one replica; cut by mpinfer's planner
 mpinfer-2x1       two ranks of one thread, as two replicas
+mpinfer-...-auto  the same in batches of the size that mpinfer chooses
+
+The ratio to 2x1 is to the one in the same batches.
 
 Start-up, loading and a warm-up are not timed. There are as many records as two cores should take `--seconds` for, by
 the measured times of the pieces. Systems are run in turn, round after round; medians are shown with the lowest and the
@@ -39,7 +42,7 @@ from models import BATCH, MODELS, RECORDS, STEP
 
 ROOT = Path(__file__).resolve().parent.parent
 CORES = sorted(os.sched_getaffinity(0))[:2]
-SYSTEMS = ["torch", "torch-pipelining", "mpinfer-1x2", "mpinfer-2x1"]
+SYSTEMS = ["torch", "torch-pipelining", "mpinfer-1x2", "mpinfer-2x1", "mpinfer-1x2-auto", "mpinfer-2x1-auto"]
 TOLERANCE = 1e-3  # of outputs, as a share of the largest
 LIMIT_S = 120.0  # of a process, besides ten times what its records should take
 
@@ -111,13 +114,14 @@ def figures(done: subprocess.CompletedProcess[str]) -> dict[str, float]:
 
 
 def run_mpinfer(work: Work, layout: str, directory: Path) -> Run:
+    layout, _, chooses = layout.partition("-")
     replicas, stages = map(int, layout.split("x"))
     output, job = directory / "out", directory / "job.yaml"
     sections = {
         "model": {"path": f"benchmarks.models:{work.model}", "task": "forward", "dtype": "float32"},
         "input": {"path": f"benchmarks.models:{work.model}_records"},
         "output": {"path": str(output), "arrays": "npy"},
-        "parallel": {"replicas": replicas, "stages": stages, "micro_batch": BATCH},
+        "parallel": {"replicas": replicas, "stages": stages, "micro_batch": chooses or BATCH},
     }
     job.write_text(json.dumps(sections))  # JSON is YAML
     command = [sys.executable, "-m", "mpinfer", "launch", "-n", str(replicas * stages), str(job)]
@@ -205,9 +209,10 @@ def section(model: str, seconds: float, repeats: int, scratch: Path) -> dict[str
 def print_rates(work: Work, runs: dict[str, list[Run]], expected: np.ndarray) -> None:
     rates = {system: [work.records / run.wall_s for run in done] for system, done in runs.items() if not done[-1].error}
     medians = {system: statistics.median(each) for system, each in rates.items()}
-    bases = {"/torch": "torch", "/pipelining": "torch-pipelining", "/2x1": "mpinfer-2x1"}
     rows = []
     for system, done in runs.items():
+        replicas = "mpinfer-2x1-auto" if system.endswith("-auto") else "mpinfer-2x1"
+        bases = {"/torch": "torch", "/pipelining": "torch-pipelining", "/2x1": replicas}
         if system not in rates:
             rows.append([system, done[-1].error])
             continue

@@ -59,11 +59,16 @@ class BatchSource:
                 return self._batch(bucket)
             if not self._preparing and not self._asked and not self._more:
                 return END
-            with self._account.phase("idle"):
-                self._endpoint.wait_until(lambda: not self._asked or self._is_prepared())
+            self._wait()
 
     def close(self) -> None:
         self._background.shutdown()
+
+    def _wait(self) -> None:
+        """Until records have come or have been prepared."""
+        asked = self._asked
+        with self._account.phase("idle"):
+            self._endpoint.wait_until(lambda: self._asked != asked or self._is_prepared())
 
     def _ask(self) -> None:
         missing = self._micro_batch * (self._window + 2) - self._in_hand
@@ -107,12 +112,12 @@ class BatchSource:
             self._endpoint.send(COORDINATOR, RESULTS, errors)
 
     def _next_bucket(self) -> list[tuple[int, Sample]] | None:
-        """Records that may share a batch: enough to choose from, or all that is left."""
+        """Records that may share a batch: enough to choose from, or the most that there are when no more is coming."""
         bucket = max(self._ready.values(), key=len, default=None)
         if not bucket:
             return None
-        last = not self._preparing and not self._asked and not self._more
-        return bucket if last or len(bucket) >= self._micro_batch * self._window else None
+        is_last = not self._preparing and not self._asked
+        return bucket if is_last or len(bucket) >= self._micro_batch * self._window else None
 
     def _batch(self, bucket: list[tuple[int, Sample]]) -> Message:
         """The longest records of a bucket, as a message."""

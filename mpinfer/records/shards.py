@@ -87,7 +87,7 @@ def named_files(result: bytes) -> set[str]:
 
 
 def remove_others(directory: Path, names: set[str]) -> None:
-    """Remove shards that no result names: a killed run wrote them before rank 0 knew of them."""
+    """Remove shards that no result names: a killed run wrote them before rank 0 knew of them. Raises `OutputError`."""
     if (directory / ARRAYS).is_dir():
         with output_errors(directory):
             for file in (directory / ARRAYS).iterdir():

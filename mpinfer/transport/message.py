@@ -85,7 +85,8 @@ _DTYPES = (
     torch.complex64,
 )
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES, start=1)}
-_NUMBER = 0  # the code of a value that is no tensor
+_NUMBER = 0  # the code of a value that is no tensor; a negative one is of a tensor whose channels lie innermost
+_INNERMOST, _OUTERMOST = (0, 2, 3, 1), (0, 3, 1, 2)  # images, from channels first to last and back
 
 
 class SlotLayout:
@@ -111,7 +112,11 @@ class SlotLayout:
             if isinstance(value, int):
                 words += [_NUMBER, value & 0x7FFFFFFF, value >> 31]
                 continue
-            words += [_CODES[value.dtype], value.dim(), *value.shape]
+            if _is_channels_last(value):
+                words += [-_CODES[value.dtype], value.dim(), *value.shape]
+                value = value.permute(_INNERMOST)
+            else:
+                words += [_CODES[value.dtype], value.dim(), *value.shape]
             tensors.append((offset, value))
             offset += padded(value.nbytes)
         if len(words) > len(head) or offset > self.capacity_bytes:
@@ -136,14 +141,27 @@ class SlotLayout:
                 values.append(first | next(descriptions) << 31)
                 continue
             shape = tuple(next(descriptions) for _ in range(first))
-            values.append(_view(slot, offset, _DTYPES[code - 1], shape))
-            offset += padded(values[-1].nbytes)  # type: ignore[union-attr]
+            dtype = _DTYPES[abs(code) - 1]
+            if code > 0:
+                values.append(_view(slot, offset, dtype, shape))
+            else:
+                inner = tuple(shape[axis] for axis in _INNERMOST)
+                values.append(_view(slot, offset, dtype, inner).permute(_OUTERMOST))
+            offset += padded(prod(shape) * dtype.itemsize)
         return Message(head[2 : 2 + header_words], tuple(values))
 
 
 def padded(size_bytes: int) -> int:
     """What a tensor of so many bytes takes in a slot."""
     return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def _is_channels_last(tensor: torch.Tensor) -> bool:
+    return (
+        tensor.dim() == len(_INNERMOST)
+        and tensor.is_contiguous(memory_format=torch.channels_last)
+        and not tensor.is_contiguous()
+    )
 
 
 def _view(slot: torch.Tensor, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:

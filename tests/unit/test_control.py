@@ -103,6 +103,17 @@ def test_every_value_that_crosses_a_cut_survives_its_slot():
         assert same
 
 
+def test_images_keep_their_channels_innermost():
+    """What a packed convolution gives is copied as it lies in memory, and taken up as it is."""
+    image = torch.arange(120.0).view(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    layout = SlotLayout(ChannelPlan(0, 1, 7, header_words=1, values=1, dimensions=4, payload_bytes=512, depth=1))
+    slot = layout.allocate()
+    layout.encode(slot, Message(np.array([1], dtype=np.int32), (image,)))
+    received = layout.decode(slot).payload
+    assert torch.equal(received, image)
+    assert received.stride() == image.stride()
+
+
 def test_every_second_belongs_to_one_phase():
     account = Account()
     account.restart()

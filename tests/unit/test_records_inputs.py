@@ -337,6 +337,16 @@ def test_a_row_group_is_read_once_for_its_rows(tmp_path: Path, monkeypatch: pyte
     assert read == [0, 1, 0]
 
 
+def test_no_parquet_file_stays_open(tmp_path: Path) -> None:
+    for number in range(20):  # a folder may have thousands, a process may often open 1024
+        pq.write_table(pa.table({"id": [number], "n": [number]}), tmp_path / f"{number:02}.parquet")
+    before = len(os.listdir("/proc/self/fd"))
+    records, load = opened(tmp_path), make_loader(InputSpec(str(tmp_path)))
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert [load(record)["n"] for record in handed_out(records)] == list(range(20))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_parquet_files_that_are_refused(tmp_path: Path) -> None:
     def table(name: str, **columns: Any) -> Path:
         (tmp_path / name).parent.mkdir(exist_ok=True)
