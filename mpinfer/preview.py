@@ -31,15 +31,16 @@ class FirstLook:
         """Raises `MpinferError` for a model or an input that cannot be used."""
         spec = _without_gguf(spec)
         kind = check_model(spec.model)
-        _check_format(spec, kind)
+        found = _check_format(spec, kind)
+        spec = dataclasses.replace(spec, input=dataclasses.replace(spec.input, format=found))  # looked for once
         rules = RecordRules(spec, decodes=kind == "decoder")
         records = open_input(spec.input, rules.problem, rules.convert)
         size = {"records": len(records), "record_bytes": records.total_bytes, "new_tokens": rules.new_tokens}
         return cls(spec, kind, records, size, rules.needs_logits)
 
 
-def _check_format(spec: JobSpec, kind: Kind) -> None:
-    """Raises `SpecError` for an input that this kind of model does not take."""
+def _check_format(spec: JobSpec, kind: Kind) -> InputFormat:
+    """The input's format; raises `SpecError` for one that this kind of model does not take."""
     formats = ("jsonl", "openai-batch", "csv") if kind == "decoder" else get_args(InputFormat)
     found = input_format(spec.input)
     if found not in formats:
@@ -52,6 +53,7 @@ def _check_format(spec: JobSpec, kind: Kind) -> None:
             f"input.format={found}: answers come from decoders, and {spec.model.path} is none; use jsonl with "
             f"one text a record"
         )
+    return found
 
 
 def memory_limit(spec: JobSpec, measured_bytes: int) -> int:

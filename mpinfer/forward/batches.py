@@ -1,6 +1,5 @@
 """What the first stage of a replica takes its batches from: records, prepared ahead in the background."""
 
-import json
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,7 +28,7 @@ class BatchSource:
     def __init__(
         self,
         endpoint: Control,
-        load: Callable[[dict[str, Any]], dict[str, Any]],
+        sample: Callable[[str], Sample],
         preparer: Preparer,
         check: Callable[[Sample], None],
         values: Callable[[Mapping[str, torch.Tensor]], Sequence[Any]],
@@ -37,9 +36,12 @@ class BatchSource:
         rows: Callable[[int], int],
         account: Account,
     ) -> None:
-        """`check` raises `RecordError` for a sample that the model does not take; `values` are what enters the first
-        block, of a batch; `rows`: that the model wants in a batch of so many records."""
-        self._endpoint, self._load, self._preparer, self._check = endpoint, load, preparer, check
+        """`sample` makes tensors of a record's line; `check` raises `RecordError` for what the model does not take.
+
+        `values` are what enters the first block, of a batch; `rows` are what the model wants in a batch of so many
+        records.
+        """
+        self._endpoint, self._sample, self._preparer, self._check = endpoint, sample, preparer, check
         self._values, self._micro_batch, self._rows, self._account = values, micro_batch, rows, account
         self._window = _WINDOW if preparer.longest else 1
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prepare")
@@ -88,7 +90,7 @@ class BatchSource:
         prepared: list[Prepared] = []
         for index, _, line in records:
             try:
-                sample = self._preparer.sample(self._load(json.loads(line)))
+                sample = self._sample(line)
                 self._check(sample)
                 prepared.append((index, sample))
             except RecordError as error:

@@ -1,10 +1,13 @@
 """The first look at the records of a model of any kind: what its inputs are like."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from mpinfer.errors import InputError, RecordError
-from mpinfer.forward.prepare import make_preparer
+from mpinfer.forward.prepare import Preparer, Sample, make_preparer
 from mpinfer.models.program import InputShape
 from mpinfer.records.inputs import Input
 from mpinfer.records.loader import make_loader
@@ -18,12 +21,13 @@ def input_shapes(spec: JobSpec, records: Input) -> dict[str, InputShape]:
 
     Raises `InputError` when none of the first 100 can be.
     """
-    load, preparer = make_loader(spec.input), make_preparer(spec)
+    preparer = make_preparer(spec)
+    sample_of = make_sampler(spec, preparer)
     problem: RecordError | None = None
     tried = [index for index in range(min(len(records), _TRIES)) if index not in records.refused]
     for index in tried:
         try:
-            sample = preparer.sample(load(json.loads(records.line(index))))
+            sample = sample_of(records.line(index))
         except RecordError as error:
             problem = problem or error
             continue
@@ -35,6 +39,20 @@ def input_shapes(spec: JobSpec, records: Input) -> dict[str, InputShape]:
         f"input.path={spec.input.path}: none of the first {len(tried)} records can be prepared (the first: {problem}); "
         f"correct the records, or input.columns or model.prepare"
     )
+
+
+def make_sampler(spec: JobSpec, preparer: Preparer) -> Callable[[str | bytes], Sample]:
+    """From the line of a record, as it is handed out, to its tensors; numbers in the model's type.
+
+    What it gives raises `RecordError`.
+    """
+    load, dtype = make_loader(spec.input), getattr(torch, spec.model.dtype)
+
+    def sample(line: str | bytes) -> Sample:
+        tensors = preparer.sample(load(json.loads(line)))
+        return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+
+    return sample
 
 
 def shapes_to_json(shapes: dict[str, InputShape]) -> list[Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from mpinfer.forward.batches import BatchSource
+from mpinfer.forward.first import make_sampler
 from mpinfer.forward.prepare import make_preparer
 from mpinfer.forward.results import ResultSink
 from mpinfer.forward.stage import ForwardStage
@@ -18,7 +19,6 @@ from mpinfer.pipeline.worker import Worker
 from mpinfer.plan.planner import Plan
 from mpinfer.plan.predict import StepTimes
 from mpinfer.plan.schedule import stream
-from mpinfer.records.loader import make_loader
 from mpinfer.spec import JobSpec, arrays_in_files
 from mpinfer.transport.endpoint import Endpoint
 from mpinfer.transport.message import ChannelPlan, Inbox, Message, Outbox, padded
@@ -80,10 +80,11 @@ class ForwardRank:
         if self.coordinates.stage > 0:
             return self._links.inbox(self._channel(self.coordinates.stage))
         program, fixed = self._skeleton.program, self._skeleton.fixed_batch
+        preparer = make_preparer(self._spec)
         return BatchSource(
             self._endpoint,
-            make_loader(self._spec.input),
-            make_preparer(self._spec),
+            make_sampler(self._spec, preparer),
+            preparer,
             check=(lambda sample: None) if program is None else program.check,
             values=self._skeleton.first_values,
             micro_batch=self._plan.micro_batch,

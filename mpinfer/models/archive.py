@@ -24,14 +24,16 @@ _WEIGHTS_CONFIG, _CONSTANTS_CONFIG = (
     "data/constants/model_constants_config.json",
 )
 _ARITHMETIC = "getitem|add|sub|mul|truediv|floordiv|mod|pow|neg|pos|eq|ne|lt|le|gt|ge|and_|or_|not_"
-_TARGET = re.compile(rf"torch\.ops(\.\w+)+|torch\._?sym_\w+|math\.\w+|_operator\.({_ARITHMETIC})")
+_OPERATIONS = r"torch\.ops\.(aten|prim|prims|higher_order|quantized_decomposed|mpinfer)\.(?!from_file)\w+(\.\w+)?"
+_TARGET = re.compile(rf"{_OPERATIONS}|torch\._?sym_\w+|math\.\w+|_operator\.({_ARITHMETIC})")
 # Torch hands formulas of sizes to an evaluator: only symbols, numbers, and functions of sympy's kind may stand there.
 _FORMULA = re.compile(r"([A-Z]\w*|'\w+'|[a-z]+=|[suz]\w*\d|[\d.]+|[ (),+*/<>=-])*")
 _DTYPES = dict(enumerate(["U8", "I8", "I16", "I32", "I64", "F16", "F32", "F64"], start=1)) | {12: "BOOL", 13: "BF16"}
 
 
-def read_archive(file: Path, trust: bool) -> tuple[Any, dict[str, StoredTensor]]:
-    """The exported program with zeros for weights, and by name where the weights are in the file.
+def read_archive(file: Path, trust: bool) -> tuple[Any, dict[str, StoredTensor] | None]:
+    """The exported program with zeros for weights, and by name where the weights are in the file; None when they are
+    pickled, and in the program.
 
     Raises `ModelError` when the file is damaged, of another version, or holds pickles or names that could run code,
     unless `trust`.
@@ -46,9 +48,12 @@ def read_archive(file: Path, trust: bool) -> tuple[Any, dict[str, StoredTensor]]
                 )
             if not trust:
                 _refuse_code(file, archive, root)
-            tensors = _stored_tensors(file, archive, root)
+            weights = json.loads(archive.read(f"{root}/{_WEIGHTS_CONFIG}"))["config"]
+            if any(entry["use_pickle"] for entry in weights.values()):
+                return torch.export.load(file), None
+            tensors = _stored_tensors(file, archive, root, weights)
             slim = _without_weights(archive, root)
-    except (OSError, zipfile.BadZipFile, KeyError, ValueError, IndexError, TypeError) as error:
+    except (OSError, zipfile.BadZipFile, KeyError, ValueError, IndexError, TypeError, RecursionError) as error:
         raise ModelError(f"model.path={file}: not a readable .pt2 program ({error!r}); export it again") from None
     try:
         exported = torch.export.load(slim)
@@ -83,10 +88,12 @@ def _mappings(tree: Any) -> Iterator[dict[str, Any]]:
         yield from _mappings(value)
 
 
-def _stored_tensors(file: Path, archive: zipfile.ZipFile, root: str) -> dict[str, StoredTensor]:
+def _stored_tensors(
+    file: Path, archive: zipfile.ZipFile, root: str, weights: dict[str, Any]
+) -> dict[str, StoredTensor]:
     """Where each weight lies in the file, by name."""
     found = {}
-    for name, entry in json.loads(archive.read(f"{root}/{_WEIGHTS_CONFIG}"))["config"].items():
+    for name, entry in weights.items():
         member = archive.getinfo(f"{root}/{_WEIGHTS}{entry['path_name']}")
         meta = entry["tensor_meta"]
         shape, strides = ([size["as_int"] for size in meta[key]] for key in ("sizes", "strides"))

@@ -18,8 +18,8 @@ from mpinfer.models.pooling import pool, pooling_of
 from mpinfer.models.program import InputShape, Program, Untraceable, program_of, trace
 from mpinfer.models.recurrent import unstack_recurrent
 from mpinfer.models.sources import find_sources
-from mpinfer.models.store import ConvertedFiles, OwnTensors, PickledStateDict, Renamed, Store, StoredFiles, check_names
-from mpinfer.plugins import load_object
+from mpinfer.models.store import ConvertedFiles, HeldTensors, PickledStateDict, Renamed, Store, StoredFiles, check_names
+from mpinfer.plugins import load_object, one_line
 from mpinfer.spec import AUTO, JobSpec, ModelSpec
 
 Finish = Callable[[Any, dict[str, torch.Tensor]], Any]
@@ -50,10 +50,12 @@ class Built:
 def build(spec: JobSpec, shapes: Mapping[str, InputShape]) -> Built:
     """The job's model, for records of these shapes. Raises `ModelError`."""
     path = Path(spec.model.path)
+    store: Store
     if path.suffix == ".pt2":
         exported, tensors = read_archive(path, spec.model.trust)
         names = _input_names(path, exported, list(shapes))
-        return Built(program_of(exported, names), StoredFiles(Checkpoint.of(path, tensors)), None, _as_it_is)
+        store = HeldTensors(exported.state_dict) if tensors is None else StoredFiles(Checkpoint.of(path, tensors))
+        return Built(program_of(exported, names), store, None, _as_it_is)
     finish: Finish = _as_it_is
     if path.is_dir():
         model, store = _from_directory(path, spec)
@@ -83,12 +85,12 @@ def _from_factory(spec: ModelSpec) -> tuple[nn.Module, Store]:
         with contextlib.nullcontext() if spec.weights == AUTO else parameters_on_meta():
             model = factory()
     except Exception as error:
-        raise ModelError(f"model.path={spec.path}: raised {type(error).__name__}: {error}; correct it") from error
+        raise ModelError(f"model.path={spec.path}: raised {one_line(error)}; correct it") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"model.path={spec.path}: gave {type(model).__name__}, not a torch.nn.Module; return one")
     model = model.to(getattr(torch, spec.dtype))
     if spec.weights == AUTO:
-        return model, OwnTensors(model)
+        return model, HeldTensors(model.state_dict(keep_vars=True))
     file = Path(spec.weights)
     if not file.is_file():
         raise ModelError(f"model.weights={file}: no such file; give a .safetensors, .pt or .pth file")

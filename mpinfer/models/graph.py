@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from mpinfer.errors import ModelError
 from mpinfer.models.build import Built, build
 from mpinfer.models.convolution import PackedConvolution, can_pack, find_groups
 from mpinfer.models.cut import Cutter, concrete, size_bytes
@@ -19,6 +20,7 @@ from mpinfer.models.linear import LayerTuner, packed_bytes
 from mpinfer.models.profile import estimated_cost, operation_seconds
 from mpinfer.models.program import InputShape, Program, bind_inputs, named_outputs
 from mpinfer.plan.block import Block, ModelSummary
+from mpinfer.plugins import one_line
 from mpinfer.spec import JobSpec
 
 MICRO_BATCH = 8  # records, unless a quarter or four times as many compute faster
@@ -209,7 +211,15 @@ class WholePart:
     def forward(self, values: Sequence[Any]) -> Sequence[Any]:
         tensors = [value.to(self._device) for value in values]
         inputs = dict(zip(self._names, tensors, strict=True))
-        outputs = named_outputs(self._finish(self._model(**inputs) if self._by_name else self._model(*tensors), inputs))
+        try:
+            given = self._finish(self._model(**inputs) if self._by_name else self._model(*tensors), inputs)
+        except Exception as error:
+            shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
+            raise ModelError(
+                f"{type(self._model).__name__}: raised {one_line(error)} for a batch of {shapes}; correct the model, "
+                f"or give it what it takes (input.columns, model.prepare)"
+            ) from error
+        outputs = named_outputs(given)
         self.output_names = list(outputs)
         return list(outputs.values())
 

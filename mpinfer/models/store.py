@@ -12,6 +12,7 @@ from mpinfer.errors import ModelError
 from mpinfer.models.checkpoint import Checkpoint
 from mpinfer.models.sources import Source
 from mpinfer.models.weights import read_into
+from mpinfer.plugins import one_line
 
 
 class Store(Protocol):
@@ -52,8 +53,11 @@ class PickledStateDict:
         self._file = file
         try:
             state = self._open(trust, mmap=True)
-        except RuntimeError:  # of before torch 1.6, which cannot be mapped
-            state = self._open(trust, mmap=False)
+        except RuntimeError:  # of before torch 1.6, which cannot be mapped, or damaged
+            try:
+                state = self._open(trust, mmap=False)
+            except RuntimeError as error:
+                raise self._unreadable(error) from None
         for key in ("state_dict", "model_state_dict", "model"):  # as training scripts wrap it
             if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
                 state = state[key]
@@ -86,16 +90,17 @@ class PickledStateDict:
                 f"save model.state_dict() alone, or set model.trust: true if you trust the file"
             ) from None
         except (OSError, EOFError, KeyError, ValueError, AttributeError, ImportError) as error:
-            raise ModelError(
-                f"model.weights={self._file}: cannot be loaded ({type(error).__name__}: {error}); save it again"
-            ) from None
+            raise self._unreadable(error) from None
+
+    def _unreadable(self, error: Exception) -> ModelError:
+        return ModelError(f"model.weights={self._file}: cannot be loaded ({one_line(error)}); save it again")
 
 
-class OwnTensors:
-    """What the model was built with."""
+class HeldTensors:
+    """What is in memory already, as a factory or a pickled program has made it."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = tensors
 
     def load(self, name: str, target: torch.Tensor) -> int:
         target.data.copy_(self._tensors[name])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mpinfer.errors import OutputError
-from mpinfer.records.files import JOURNAL, MANIFEST, RESULTS, read_manifest, write_atomically
+from mpinfer.records.files import JOURNAL, MANIFEST, RESULTS, output_errors, read_manifest, write_atomically
 from mpinfer.records.journal import Journal, read_progress
 from mpinfer.records.shards import named_files, remove_others
 
@@ -54,6 +54,7 @@ def merge(directory: Path, journal: Journal, total: int, facts: dict[str, Any]) 
 
     write_atomically(directory / RESULTS, lines())
     remove_others(directory, arrays)
+    arrays_bytes = {name: _size_bytes(directory / name) for name in sorted(arrays)}
     manifest = {
         **facts,
         "complete": True,
@@ -62,12 +63,17 @@ def merge(directory: Path, journal: Journal, total: int, facts: dict[str, Any]) 
         "failed": journal.errors,
         "results_sha256": digest.hexdigest(),
         "results_bytes": results_bytes,
-        "arrays_bytes": {name: (directory / name).stat().st_size for name in sorted(arrays)},
+        "arrays_bytes": arrays_bytes,
         "input_sha256": journal.input_sha256,
         "identity": journal.identity,
     }
     write_atomically(directory / MANIFEST, json.dumps(manifest, indent=2).encode() + b"\n")
     return manifest
+
+
+def _size_bytes(path: Path) -> int:
+    with output_errors(path):
+        return path.stat().st_size
 
 
 def verify(directory: Path) -> Verdict:
@@ -141,10 +147,14 @@ def _judge_results(directory: Path, verdict: Verdict) -> None:
 
 def _judge_arrays(directory: Path, manifest: dict[str, Any], verdict: Verdict) -> None:
     """Judge the files of arrays that the results name, by their sizes."""
-    for name, size_bytes in (manifest.get("arrays_bytes") or {}).items():
+    sizes = manifest.get("arrays_bytes", {})
+    if not isinstance(sizes, dict):
+        verdict.problems.append(f"{MANIFEST} is damaged: its arrays_bytes is not an object.")
+        return
+    for name, size_bytes in sizes.items():
         try:
             found = (directory / name).stat().st_size
-        except OSError:
+        except (OSError, ValueError):
             verdict.problems.append(f"{name} is missing, and results name it.")
             continue
         if found != size_bytes:

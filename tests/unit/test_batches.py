@@ -62,8 +62,12 @@ class Lists(EqualShapes):
 
 def batches(coordinator: Coordinator, preparer: Any, micro_batch: int, rows: Any = lambda n: n) -> list[Any]:
     """Indices and tensor of every batch, to the end of the stream."""
+
+    def sample(line: str) -> Sample:
+        return preparer.sample(json.loads(line))
+
     source = BatchSource(
-        coordinator, lambda r: r, preparer, lambda s: None, lambda b: [b["x"]], micro_batch, rows, Account()
+        coordinator, sample, preparer, lambda s: None, lambda b: [b["x"]], micro_batch, rows, Account()
     )
     found = []
     while not (message := source.take(0)).is_end:

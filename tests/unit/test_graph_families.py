@@ -111,3 +111,33 @@ def test_pooling_happens_in_the_model(pooling: str, tmp_path: Path) -> None:
     wanted = torch.stack([pick(h[:length]) for h, length in zip(hidden, lengths, strict=True)])
     found = compute(lambda: GraphSkeleton(spec, shapes), 2, batch)
     torch.testing.assert_close(found["embedding"], wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_near_enough(dtype: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**VISION)).eval()
+    model.save_pretrained(tmp_path)
+    batch, _ = inputs_of("image", 4)
+    with torch.no_grad():
+        wanted = model(**batch).logits
+    shapes = {"pixel_values": InputShape((3, 32, 32), dtype)}
+    spec = spec_from_dict(
+        {"model": {"path": str(tmp_path), "task": "classify", "dtype": dtype}, "input": {"path": "x"}}
+    )
+    halved = {name: tensor.to(getattr(torch, dtype)) for name, tensor in batch.items()}
+    found = compute(lambda: GraphSkeleton(spec, shapes), 2, halved)
+    assert found["logits"].dtype == getattr(torch, dtype)
+    torch.testing.assert_close(found["logits"].float(), wanted, rtol=0.05, atol=0.05)
+
+
+def test_int8_layers_are_near_enough(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**TEXT)).eval()
+    model.save_pretrained(tmp_path)
+    batch, shapes = inputs_of("text", 4)
+    job = {"model": {"path": str(tmp_path), "task": "classify", "quantize": "int8"}, "input": {"path": "x"}}
+    with torch.no_grad():
+        wanted = model(**batch).logits
+    found = compute(lambda: GraphSkeleton(spec_from_dict(job), shapes), 2, batch)
+    assert 0 < (found["logits"] - wanted).abs().max() < 0.05

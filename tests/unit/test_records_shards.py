@@ -236,14 +236,12 @@ def test_a_shard_that_no_result_names_does_no_harm_to_a_complete_run(tmp_path: P
 
 
 @pytest.mark.parametrize("arrays_bytes", [[1], "text", 1, {"a\0b": 1}])
-@pytest.mark.xfail(strict=True, reason="verify takes arrays_bytes for a mapping of paths, and raises")
 def test_a_manifest_with_damaged_sizes_is_a_problem(tmp_path: Path, arrays_bytes: Any) -> None:
     manifest = run(tmp_path)
     (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "arrays_bytes": arrays_bytes}))
     assert not verify(tmp_path).complete
 
 
-@pytest.mark.xfail(strict=True, reason="merge asks for the size of a shard that is gone, and raises OSError")
 def test_resuming_without_the_shards_is_an_error_of_the_output(tmp_path: Path) -> None:
     run(tmp_path)
     (tmp_path / "manifest.json").unlink()
