@@ -88,13 +88,14 @@ def check_model(spec: ModelSpec) -> Kind:
 
 
 def _is_decoder(config: dict[str, Any], task: str) -> bool:
-    """By the architecture's name; a directory that names none is taken for what the task needs."""
-    architectures = config.get("architectures")
+    """By the task and the architecture's name."""
     if task in ("classify", "forward"):
         return False
-    if not architectures:
-        return task in ("generate", "score")
-    return str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+    name = str((config.get("architectures") or [""])[0])
+    if name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+        return True
+    # Others may be decoders that transformers knows by another name, but these are surely none.
+    return task in ("generate", "score") and not name.endswith(("Model", "Classification", "ForMaskedLM"))
 
 
 def _check_weights_file(weights: str) -> None:

@@ -20,18 +20,18 @@ def story(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return small_story(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def in_ci(mpi: Mpi, layout: tuple[int, int]) -> bool:
-    """The first MPI under every layout, the others under one: what differs between them is the transport alone."""
-    return mpi == find_mpis()[0] or layout == (2, 2)
+def is_sampled(mpi: Mpi, layout: tuple[int, int]) -> bool:
+    """Whether to run without --run-slow, too: what differs between MPIs is the transport alone."""
+    return layout == (2, 2) or (layout == (1, 3) and mpi == find_mpis()[0])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout[0]}x{layout[1]}")
 def test_every_layout_gives_what_plain_torch_gives(
     mpi: Mpi, story: Any, layout: tuple[int, int], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    if not in_ci(mpi, layout) and not request.config.getoption("--run-slow"):
+    if not is_sampled(mpi, layout) and not request.config.getoption("--run-slow"):
         pytest.skip("slow: give --run-slow")
-    run_and_compare(mpi, *story, layout, tmp_path / "out")
+    run_and_compare(mpi, *story, layout, tmp_path / "out", logits=100)  # random weights: large ones nearly cancel
 
 
 @pytest.mark.parametrize("story", STORIES)
@@ -69,8 +69,10 @@ def make_what_is_missing(story: str) -> None:
         pytest.skip(f"no {', '.join(missing(story))}: run the command at the beginning of jobs/{story}.yaml")
 
 
-def run_and_compare(mpi: Mpi, job: Path, wanted: Reference, layout: tuple[int, int] | None, directory: Path) -> None:
-    """`layout`: replicas x stages; None: the job's own."""
+def run_and_compare(
+    mpi: Mpi, job: Path, wanted: Reference, layout: tuple[int, int] | None, directory: Path, logits: float = 10
+) -> None:
+    """`layout`: replicas x stages; None: the job's own. `logits`: how large they and what they are made of get."""
     given = yaml.safe_load(job.read_text(encoding="utf-8")).get("parallel", {})
     replicas, stages = layout or (given["replicas"], given["stages"])
     overrides = [f"parallel.replicas={replicas}", f"parallel.stages={stages}"]
@@ -78,19 +80,19 @@ def run_and_compare(mpi: Mpi, job: Path, wanted: Reference, layout: tuple[int, i
     results = read_jsonl(output / "results.jsonl")
     assert [result["id"] for result in results] == list(wanted)
     for result in results:
-        assert_same(result["output"], wanted[result["id"]], output)
+        assert_same(result["output"], wanted[result["id"]], output, logits)
 
 
-def assert_same(found: dict[str, Any], wanted: dict[str, Any], output: Path) -> None:
+def assert_same(found: dict[str, Any], wanted: dict[str, Any], output: Path, logits: float) -> None:
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         if name == "label":
             assert found[name] == value
         elif name == "top":
             assert [label for label, _ in found[name]] == [label for label, _ in value]
-            # A relative error of a logit is an absolute one of the score's logarithm; logits of this net reach 10.
+            # A relative error of a logit is an absolute one of the score's logarithm.
             scores = np.log([[score for _, score in scores] for scores in (found[name], value)])
-            assert np.abs(scores[0] - scores[1]).max() <= 10 * RELATIVE
+            assert np.abs(scores[0] - scores[1]).max() <= logits * RELATIVE
         elif name == "score":
             assert found[name] == found["top"][0][1]
         else:
