@@ -21,7 +21,7 @@ from mpinfer.models.profile import estimated_cost, operation_seconds
 from mpinfer.models.program import InputShape, Program, bind_inputs, named_outputs
 from mpinfer.plan.block import Block, ModelSummary
 from mpinfer.plugins import one_line
-from mpinfer.spec import JobSpec
+from mpinfer.spec import AUTO, JobSpec
 
 MICRO_BATCH = 8  # records, unless a quarter or four times as many compute faster
 _VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
@@ -73,7 +73,7 @@ class GraphSkeleton:
         return ModelSummary(tuple(blocks), micro_batch=batch, micro_batch_is_fixed=self.fixed_batch is not None)
 
     def _fastest_batch(self) -> tuple[int, list[float]]:
-        """The batch that a record takes least time in, and the seconds of each operation for all of it."""
+        """The batch that a record takes least time in, unless it is given, and the seconds of each operation for it."""
         assert self._built.program is not None
         graph, operations = self._built.program.graph, self._cutter.operations
 
@@ -81,8 +81,10 @@ class GraphSkeleton:
             seconds = operation_seconds(graph, operations, self._symbols(batch))
             return sum(seconds) / batch, batch, seconds
 
-        best = measure(self.fixed_batch or MICRO_BATCH)
-        if self.fixed_batch is None:
+        asked = self._spec.parallel.micro_batch
+        given = self.fixed_batch or (None if asked == AUTO else asked)
+        best = measure(given or MICRO_BATCH)
+        if given is None:
             smaller, larger = MICRO_BATCH // 4, MICRO_BATCH * 4
             # Images of a few records may fit a cache where those of more do not; small layers want many records.
             best = min(best, measure(smaller))
