@@ -15,7 +15,7 @@ from mpinfer.models.convolution import find_groups
 from mpinfer.models.cut import concrete, size_bytes
 
 _REPEATS = 2
-_BUDGET_S = 2.0  # for all operations; those that come later are estimated from the rate of the others
+_BUDGET_S = 2.0  # for all operations; what is not timed is estimated from the rate of the others
 _FLOPS_PER_BYTE = 8.0  # what a byte costs in the estimate
 
 
@@ -26,7 +26,7 @@ def operation_seconds(graph: fx.Graph, operations: Sequence[fx.Node], symbols: M
     Operations that are alike are timed once; those computed along with a convolution take no time of their own.
     """
     free = {node for group in find_groups(graph) for node in (group.norm, group.activation) if node is not None}
-    known: dict[str, float] = {}
+    known: dict[str, float | None] = {}
     estimates = [estimated_cost(node, symbols) for node in operations]
     seconds: list[float | None] = []
     started = time.perf_counter()
@@ -60,8 +60,8 @@ def estimated_cost(node: fx.Node, symbols: Mapping[Any, int]) -> float:
     return _FLOPS_PER_BYTE * size_bytes(result, symbols) + (0.0 if is_lookup else flops)
 
 
-def _time(target: Any, arguments: Any, symbols: Mapping[Any, int]) -> float:
-    """Seconds of the fastest of a few calls. 0 for what cannot be computed from such numbers."""
+def _time(target: Any, arguments: Any, symbols: Mapping[Any, int]) -> float | None:
+    """Seconds of the fastest of a few calls; None for what cannot be computed from such numbers."""
     args, kwargs = pytree.tree_map(lambda value: _stand_in(value, symbols), arguments)
     best_s = float("inf")
     try:
@@ -70,7 +70,7 @@ def _time(target: Any, arguments: Any, symbols: Mapping[Any, int]) -> float:
             target(*args, **kwargs)
             best_s = min(best_s, time.perf_counter() - started)
     except (RuntimeError, IndexError, ValueError, TypeError):
-        return 0.0
+        return None
     return best_s
 
 
