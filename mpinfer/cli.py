@@ -46,7 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="the layout a job would get, and why; needs no MPI")
     plan.add_argument("job", metavar="JOB.yaml")
     plan.add_argument("--ranks", type=int, required=True, help="ranks to plan for")
-    plan.add_argument("--nodes", type=int, default=1, help="nodes like this one that the ranks are spread over")
+    plan.add_argument("--nodes", type=int, help="nodes that the ranks are spread over (default: the cluster's, or 1)")
+    plan.add_argument("--cluster", metavar="FILE", help="YAML that describes them (default: nodes like this one)")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     plan.add_argument("--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[], help=_SET_HELP)
     plan.set_defaults(command=_plan)
@@ -121,7 +122,8 @@ def _launch(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     from mpinfer.preview import plan_job
 
-    return plan_job(arguments.job, arguments.overrides, arguments.ranks, arguments.nodes, arguments.json)
+    a = arguments
+    return plan_job(a.job, a.overrides, a.ranks, a.nodes, a.cluster, a.json)
 
 
 def _verify(arguments: argparse.Namespace) -> int:

@@ -1,22 +1,24 @@
 """What can be known of a job without MPI and without weights: its model's shape, its work, its plan."""
 
-import dataclasses
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
-from mpinfer.cluster.binding import allowed_cores
-from mpinfer.cluster.doctor import local_memory_bytes
+from mpinfer.cluster.describe import load_cluster, local_cluster
 from mpinfer.engine import ENGINES
-from mpinfer.errors import ExitCode, PlanError, SpecError
+from mpinfer.errors import ExitCode, SpecError
 from mpinfer.models.checkpoint import Kind, check_model
-from mpinfer.plan.planner import describe, make_plan
+from mpinfer.plan.block import ModelSummary
+from mpinfer.plan.cost import reckoned
+from mpinfer.plan.machine import Machine
+from mpinfer.plan.planner import Choice, describe, make_plan
 from mpinfer.records.inputs import Input, input_format, open_input
 from mpinfer.records.rules import RecordRules
 from mpinfer.spec import AUTO, InputFormat, JobSpec, load_spec
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class FirstLook:
     """All that can be known, and refused, of a job without torch."""
 
@@ -32,7 +34,7 @@ class FirstLook:
         spec = _without_gguf(spec)
         kind = check_model(spec.model)
         found = _check_format(spec, kind)
-        spec = dataclasses.replace(spec, input=dataclasses.replace(spec.input, format=found))  # looked for once
+        spec = replace(spec, input=replace(spec.input, format=found))  # looked for once
         rules = RecordRules(spec, decodes=kind == "decoder")
         records = open_input(spec.input, rules.problem, rules.convert)
         size = {"records": len(records), "record_bytes": records.total_bytes, "new_tokens": rules.new_tokens}
@@ -72,23 +74,37 @@ def _without_gguf(spec: JobSpec) -> JobSpec:
         from mpinfer.models.convert import convert
 
         convert(source, directory)
-    return dataclasses.replace(spec, model=dataclasses.replace(spec.model, path=str(directory)))
+    return replace(spec, model=replace(spec.model, path=str(directory)))
 
 
-def plan_job(job: str, overrides: list[str], ranks: int, nodes: int, as_json: bool) -> ExitCode:
-    """Print the layout a job would get on `ranks` ranks over `nodes` nodes like this one. No MPI, no weights.
+def plan_job(
+    job: str, overrides: list[str], ranks: int, nodes: int | None, cluster: str | None, as_json: bool
+) -> ExitCode:
+    """Print the layout a job would get on `ranks` ranks over `nodes` nodes like this one, or on a described cluster. No
+    MPI, no weights but those of a layer that is timed here, where the cluster's file does not say what a rank computes.
 
     Raises `MpinferError` when the job cannot be planned.
     """
-    if ranks < 1 or nodes < 1 or ranks < nodes:
-        raise PlanError(f"--ranks {ranks} --nodes {nodes}: at least one rank on each node; raise --ranks")
-    look = FirstLook.at(load_spec(job, overrides))
-    spec, engine_class = look.spec, ENGINES[look.kind]
-    engine = engine_class(spec, engine_class.inputs(spec, look.records))
-    model, work = engine.summary(), engine.workload(**look.size)
-    ranks_per_node = -(-ranks // nodes)
-    memory_bytes, cores = local_memory_bytes() // ranks_per_node, len(allowed_cores()) / ranks_per_node
-    memories = [memory_limit(spec, memory_bytes)] * ranks
-    plan = make_plan(spec.parallel, model, work, memories, engine.kv_cache_bytes, cores)
-    print(json.dumps(plan.to_dict(), indent=2) if as_json else describe(plan, model, work))
+    given = [*overrides, *([f"parallel.cluster={json.dumps(cluster)}"] if cluster else [])]
+    look = FirstLook.at(load_spec(job, given))
+    described = look.spec.parallel.cluster
+    machine = local_cluster(ranks, nodes or 1) if described == AUTO else load_cluster(described, ranks, nodes)
+    choice, model = plan_on(look, machine)
+    print(json.dumps(choice.to_dict(), indent=2) if as_json else describe(choice, model))
     return ExitCode.COMPLETE
+
+
+def plan_on(look: FirstLook, machine: Machine) -> tuple[Choice, ModelSummary]:
+    """The layout that a job would get there, by what its work costs on this machine or on the one described. Raises
+    `MpinferError`."""
+    spec, engine_class = look.spec, ENGINES[look.kind]
+    seats = (replace(seat, memory_bytes=memory_limit(spec, seat.memory_bytes)) for seat in machine.seats)
+    machine = replace(machine, seats=tuple(seats))
+    engine = engine_class(spec, engine_class.inputs(spec, look.records))
+    estimator, model = engine.estimator(look.records, look.needs_logits), engine.summary()
+    if machine.hardware is not None and model.decodes:
+        rates = reckoned(model, machine.hardware)
+    else:
+        rates, _ = engine.rates([engine.measure("cpu")])
+    records = len(look.records)
+    return make_plan(spec.parallel, model, machine, rates, estimator, records, engine.kv_cache_bytes), model

@@ -9,24 +9,20 @@ import platform
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, astuple, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpinfer.cluster.binding import Binding, allowed_cores, apply_binding, choose_binding, cpu_quota, physical_cores
-from mpinfer.cluster.context import LaunchContext, check_world, read_context
-from mpinfer.cluster.doctor import RankFacts, doctor_report, local_memory_bytes
+from mpinfer.cluster.doctor import RankFacts, doctor_report
+from mpinfer.cluster.memory import local_memory_bytes
 from mpinfer.coordinator.dispatch import Coordinator
 from mpinfer.coordinator.progress import Progress
-from mpinfer.engine import ENGINES, Engine
-from mpinfer.errors import ExitCode, LaunchError
+from mpinfer.errors import ExitCode
+from mpinfer.layout import Expected, Layout, device, lay_out, time_steps
 from mpinfer.observe.report import Before, timing, timing_table
-from mpinfer.plan.block import Workload
-from mpinfer.plan.planner import Plan, describe, make_plan
-from mpinfer.plan.predict import StepTimes, predict_wall_s
-from mpinfer.preview import FirstLook, memory_limit
+from mpinfer.preview import FirstLook
 from mpinfer.records.files import write_atomically
 from mpinfer.records.inputs import Input
 from mpinfer.records.journal import Journal
@@ -34,85 +30,14 @@ from mpinfer.records.manifest import merge
 from mpinfer.records.openai_batch import responses_file, write_responses
 from mpinfer.spec import JobSpec, spec_from_dict
 from mpinfer.transport.control import ACCOUNT, COORDINATOR
-from mpinfer.transport.endpoint import (
-    Agreed,
-    Endpoint,
-    agree,
-    everywhere,
-    install_abort_hook,
-    library_version,
-)
+from mpinfer.transport.endpoint import Agreed, agree, everywhere, library_version
 from mpinfer.version import VERSION
+from mpinfer.world import World, join_world
 
 if TYPE_CHECKING:  # torch loads only once the cheap checks have passed and threads are bound
     from mpinfer.engine import Rank
 
-
-@dataclass
-class World:
-    """This rank and its surroundings."""
-
-    endpoint: Endpoint
-    context: LaunchContext
-    binding: Binding
-    nodes: int
-    local_rank: int
-    local_size: int
-    place: str = "at start-up"  # for messages; coordinates once there is a plan
-
-    @property
-    def is_coordinator(self) -> bool:
-        return self.endpoint.rank == COORDINATOR
-
-    @property
-    def is_crowded(self) -> bool:
-        """Whether ranks outnumber the cores that they share."""
-        return self.local_size > len(self.binding.cores) > 1
-
-    @property
-    def cores_per_rank(self) -> float:
-        """Below 1 where ranks share cores."""
-        return len(self.binding.cores) / self.local_size if self.is_crowded else 1.0
-
-    def say(self, text: str) -> None:
-        """Log from rank 0."""
-        if self.is_coordinator:
-            print(f"mpinfer: {text}", file=sys.stderr, flush=True)
-
-    def __str__(self) -> str:
-        return f"rank {self.endpoint.rank} node {self.context.node} {self.place}"
-
-
-def join_world() -> World:
-    """Find out where this rank is, check it against MPI, bind its threads.
-
-    Raises `Agreed` when ranks cannot be bound, `LaunchError` when MPI's world is not the promised one.
-    """
-    context = read_context()
-    endpoint = Endpoint()
-    try:
-        check_world(context, endpoint.rank, endpoint.size)
-    except LaunchError:
-        if context.rank != COORDINATOR:  # every rank finds the same; told once is enough
-            sys.exit(ExitCode.BAD_INPUT)
-        raise
-    everyone = endpoint.all_gather([context.node, sorted(allowed_cores())])
-    neighbours = [rank for rank, (node, _) in enumerate(everyone) if node == context.node]
-    local_rank = neighbours.index(endpoint.rank)
-    binding = everywhere(
-        endpoint,
-        lambda: choose_binding(
-            [frozenset(everyone[rank][1]) for rank in neighbours],
-            local_rank,
-            os.environ,
-            quota=cpu_quota(),
-            physical=physical_cores(),
-        ),
-    )
-    apply_binding(binding)
-    world = World(endpoint, context, binding, len({node for node, _ in everyone}), local_rank, len(neighbours))
-    install_abort_hook(endpoint, lambda: str(world))
-    return world
+_LEAST_PATIENCE_S, _MOST_PATIENCE_S = 5.0, 60.0  # with ranks that owe nothing but their account; in between, the wall
 
 
 def run_job(read_spec: Callable[[], JobSpec], resume: bool, dry_run: bool) -> ExitCode:
@@ -151,73 +76,30 @@ def _run(world: World, read_spec: Callable[[], JobSpec], resume: bool, dry_run: 
         world.say(f"{spec.output.path}: already complete, nothing to do")
         return ExitCode(told["done"])
 
-    layout = _lay_out(world, spec, look)
+    layout = lay_out(world, spec, look)
     if dry_run:
         return ExitCode.COMPLETE
     return _compute(world, spec, layout, files)
-
-
-@dataclass
-class Layout:
-    """What every rank knows before it loads."""
-
-    engine: Engine  # the model, without weights
-    plan: Plan
-    needs_logits: bool
-    work: Workload
-
-
-def _lay_out(world: World, spec: JobSpec, look: FirstLook | None) -> Layout:
-    """The model without weights, and the plan that rank 0 makes of it; `look` is rank 0's."""
-
-    engine: Engine | None = None
-
-    def second_look() -> dict[str, Any]:
-        """What rank 0 alone can refuse with torch; the others' imports would only slow it down."""
-        assert look is not None
-        nonlocal engine
-        inputs = ENGINES[look.kind].inputs(spec, look.records)
-        if world.is_crowded:
-            engine = ENGINES[look.kind](spec, inputs)
-        return {"kind": look.kind, "inputs": inputs, "needs_logits": look.needs_logits, "size": look.size}
-
-    told = agree(world.endpoint, second_look)
-    engine = everywhere(world.endpoint, lambda: engine or ENGINES[told["kind"]](spec, told["inputs"]))
-    work = engine.workload(**told["size"])
-    memory_bytes = memory_limit(spec, local_memory_bytes() // world.local_size)
-    memories, cores = zip(*world.endpoint.all_gather([memory_bytes, world.cores_per_rank]), strict=True)
-
-    def plan_it() -> dict[str, Any]:
-        model = engine.summary()
-        plan = make_plan(spec.parallel, model, work, memories, engine.kv_cache_bytes, min(cores))
-        world.say(
-            f"{VERSION}, ranks {world.endpoint.size}, nodes {world.nodes}, launcher {world.context.launcher}, "
-            f"threads a rank {world.binding.threads} ({world.binding.reason})"
-        )
-        world.say(describe(plan, model, work))
-        return plan.to_dict()
-
-    plan = Plan.from_dict(agree(world.endpoint, plan_it))
-    world.place = str(plan.grid.coordinates(world.endpoint.rank))
-    return Layout(engine, plan, told["needs_logits"], work)
 
 
 def _compute(world: World, spec: JobSpec, layout: Layout, files: "OutputFiles | None") -> ExitCode:
     """Load this rank's part and run it to the end of the job; `files` are rank 0's."""
     start_s = _process_age_s()
     loading = time.perf_counter()
-    rank = everywhere(world.endpoint, lambda: _build_rank(world, spec, layout))
+    build = layout.engine.build_rank
+    rank = everywhere(
+        world.endpoint, lambda: build(world.endpoint, layout.plan, device(world, spec), layout.needs_logits)
+    )
     load_s = time.perf_counter() - loading
-    own_times = everywhere(world.endpoint, rank.step_times)
-    times = [StepTimes(*pair) for pair in world.endpoint.all_gather(astuple(own_times))]
+    steps = time_steps(world, rank, layout.plan)
     if files is not None:
-        left = layout.work.part((len(files.records) - len(files.journal.done)) / len(files.records))
-        predicted_s = predict_wall_s(layout.plan, left, layout.engine.step_size(layout.plan), times)
+        left = len(files.records) - len(files.journal.done)
+        expected = layout.expect(steps, left, files.records.lengths)
         world.say(
-            f"started in {start_s:.2f} s, loaded in {load_s:.2f} s, expecting to run for about {predicted_s:.0f} s"
+            f"started in {start_s:.2f} s, loaded in {load_s:.2f} s, expecting to run for about {expected.wall_s:.3g} s"
         )
-        costs_s = layout.engine.record_costs(layout.plan, layout.work, times, files.records.lengths)
-        return _coordinate(world, rank, layout.plan, costs_s, files, Before(start_s, load_s, predicted_s))
+        before = Before(start_s, load_s, layout.planned_s, expected.wall_s)
+        return _coordinate(world, rank, layout, expected, files, before)
     rank.run()
     world.endpoint.send(COORDINATOR, ACCOUNT, _close_account(world, rank))
     world.endpoint.flush()
@@ -225,9 +107,9 @@ def _compute(world: World, spec: JobSpec, layout: Layout, files: "OutputFiles | 
 
 
 def _coordinate(
-    world: World, rank: "Rank", plan: Plan, costs_s: Sequence[float], files: "OutputFiles", before: Before
+    world: World, rank: "Rank", layout: Layout, expected: Expected, files: "OutputFiles", before: Before
 ) -> ExitCode:
-    """Rank 0: its own share of the computing, then the end of the run. `costs_s`: of each record, as expected."""
+    """Rank 0: its own share of the computing, then the end of the run."""
     journal, records = files.journal, files.records
     progress = Progress(len(records), len(journal.done))
 
@@ -239,19 +121,32 @@ def _coordinate(
         error = {"type": "RecordError", "message": records.refused[index]}
         keep({"index": index, "id": records.ids[index], "error": error})
     pending = [index for index in range(len(records)) if index not in journal.done]
-    coordinator = Coordinator(world.endpoint, records, costs_s, pending, plan.replicas, keep)
+    coordinator = Coordinator(world.endpoint, records, expected.record_s, pending, expected.speeds, keep)
     started = time.perf_counter()
     rank.run()
     world.endpoint.send(COORDINATOR, ACCOUNT, _close_account(world, rank))
-    world.endpoint.wait_until(lambda: coordinator.finished)
     wall_s = time.perf_counter() - started
+    patience_s = min(max(wall_s, _LEAST_PATIENCE_S), _MOST_PATIENCE_S)
+    world.endpoint.wait_until(
+        lambda: coordinator.finished or (coordinator.complete and time.perf_counter() - started > wall_s + patience_s)
+    )
+    missing = [rank for rank in range(world.endpoint.size) if rank not in coordinator.accounts]
+    if not missing:
+        wall_s = time.perf_counter() - started
     progress.close()
-    accounts = [coordinator.accounts[rank] for rank in range(world.endpoint.size)]
-    account = timing(plan, len(pending), wall_s, before, accounts)
+    accounts = [account for _, account in sorted(coordinator.accounts.items())]
+    account = timing(layout.plan, len(pending), wall_s, before, accounts)
     files.finish(account)
-    world.endpoint.broadcast(int(files.exit_code))
+    if not missing:
+        world.endpoint.broadcast(int(files.exit_code))
     print(timing_table(account), flush=True)
     world.say(f"{files.responses or files.directory}: complete, {len(records)} records, {journal.errors} failed")
+    if missing:
+        world.say(
+            f"warning: every result is here, but no word of rank {', '.join(map(str, missing))} for "
+            f"{patience_s:.0f} s: others did their work again; ending the world without them"
+        )
+        world.endpoint.abort(files.exit_code)
     return files.exit_code
 
 
@@ -299,13 +194,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def _build_rank(world: World, spec: JobSpec, layout: Layout) -> "Rank":
-    from mpinfer.pipeline.device import choose_device
-
-    device = choose_device(spec.model.device, world.local_rank)
-    return layout.engine.build_rank(world.endpoint, layout.plan, device, layout.needs_logits)
 
 
 def _close_account(world: World, rank: "Rank") -> dict[str, Any]:

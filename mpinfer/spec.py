@@ -22,10 +22,12 @@ from mpinfer.errors import SpecError
 
 AUTO: Literal["auto"] = "auto"
 Auto = Literal["auto"]
+_UNIONS = (types.UnionType, typing.Union)
 _LONGEST_NAME = 40  # that a message shows as it is: a record may give any
 
 
-def _rule(default: Any, *, minimum: float | None = None, maximum: float | None = None) -> Any:
+def rule(default: Any = dataclasses.MISSING, *, minimum: float | None = None, maximum: float | None = None) -> Any:
+    """A field of a dataclass that `build` checks: its default, if it has one, and the least and the most it may be."""
     return field(default=default, metadata={"minimum": minimum, "maximum": maximum})
 
 
@@ -64,29 +66,30 @@ class OutputSpec:
 
 @dataclass(frozen=True)
 class ParallelSpec:
-    replicas: int | Auto = _rule(AUTO, minimum=1)
-    stages: int | Auto = _rule(AUTO, minimum=1)
-    shards: Literal[1, "auto"] = AUTO
-    micro_batch: int | Auto = _rule(AUTO, minimum=1)  # sequences in a group
-    in_flight: int | Auto = _rule(AUTO, minimum=1)  # groups in flight in a replica
-    memory_limit_gb: float | Auto = _rule(AUTO, minimum=0)  # of a rank, in 10**9 bytes; auto: its share of its node's
+    replicas: int | Auto = rule(AUTO, minimum=1)
+    stages: int | Auto = rule(AUTO, minimum=1)
+    shards: int | Auto = rule(AUTO, minimum=1)
+    micro_batch: int | Auto = rule(AUTO, minimum=1)  # sequences in a group
+    in_flight: int | Auto = rule(AUTO, minimum=1)  # groups in flight in a replica
+    cluster: str | Auto = AUTO  # file that describes the ranks; auto: they are measured
+    memory_limit_gb: float | Auto = rule(AUTO, minimum=0)  # of a rank, in 10**9 bytes; auto: its share of its node's
 
 
 @dataclass(frozen=True)
 class SamplingSpec:
     """How tokens are chosen and when a record ends: what a record may say for itself, in its own `generate`."""
 
-    max_new_tokens: int = _rule(64, minimum=1)
-    min_new_tokens: int = _rule(0, minimum=0)
-    temperature: float = _rule(0.0, minimum=0)  # 0: the best token
-    top_k: int = _rule(0, minimum=0)  # 0: all
-    top_p: float = _rule(1.0, minimum=0, maximum=1)
-    min_p: float = _rule(0.0, minimum=0, maximum=1)
-    repetition_penalty: float = _rule(1.0, minimum=0.01)
+    max_new_tokens: int = rule(64, minimum=1)
+    min_new_tokens: int = rule(0, minimum=0)
+    temperature: float = rule(0.0, minimum=0)  # 0: the best token
+    top_k: int = rule(0, minimum=0)  # 0: all
+    top_p: float = rule(1.0, minimum=0, maximum=1)
+    min_p: float = rule(0.0, minimum=0, maximum=1)
+    repetition_penalty: float = rule(1.0, minimum=0.01)
     stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = _rule((), minimum=0)
-    n: int = _rule(1, minimum=1)  # samples of a record
-    logprobs: int | Literal["none"] = _rule("none", minimum=0)  # best tokens to report beside the chosen one
+    stop_token_ids: tuple[int, ...] = rule((), minimum=0)
+    n: int = rule(1, minimum=1)  # samples of a record
+    logprobs: int | Literal["none"] = rule("none", minimum=0)  # best tokens to report beside the chosen one
     seed: int = 0
 
     @property
@@ -98,9 +101,9 @@ class SamplingSpec:
 
 @dataclass(frozen=True)
 class GenerateSpec(SamplingSpec):
-    max_length: int | Auto = _rule(AUTO, minimum=2)  # prompt and new tokens; auto: the model's own limit
-    step_tokens: int = _rule(256, minimum=1)  # most tokens, prefill chunks included, in one step of a group
-    kv_cache_gb: float | Auto = _rule(AUTO, minimum=0)  # of a rank, in 10**9 bytes; auto: what weights leave
+    max_length: int | Auto = rule(AUTO, minimum=2)  # prompt and new tokens; auto: the model's own limit
+    step_tokens: int = rule(256, minimum=1)  # most tokens, prefill chunks included, in one step of a group
+    kv_cache_gb: float | Auto = rule(AUTO, minimum=0)  # of a rank, in 10**9 bytes; auto: what weights leave
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ class EmbedSpec:
 
 @dataclass(frozen=True)
 class ClassifySpec:
-    top_k: int = _rule(5, minimum=1)  # best labels of a record
+    top_k: int = rule(5, minimum=1)  # best labels of a record
     labels: str | Auto = AUTO  # file of names: a line each, or a JSON list; auto: the model's own, else numbers
 
 
@@ -119,8 +122,8 @@ class ClassifySpec:
 class ImagesSpec:
     """How images become tensors where the model has no processor of its own."""
 
-    resize: int = _rule(256, minimum=1)  # of the shorter side, in pixels
-    crop: int = _rule(224, minimum=1)  # centred square, in pixels
+    resize: int = rule(256, minimum=1)  # of the shorter side, in pixels
+    crop: int = rule(224, minimum=1)  # centred square, in pixels
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # by channel, of values from 0 to 1
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
@@ -128,8 +131,8 @@ class ImagesSpec:
 
 @dataclass(frozen=True)
 class AudioSpec:
-    sample_rate: int | Auto = _rule(AUTO, minimum=1)  # Hz that samples are brought to; auto: the processor's, or 16000
-    max_seconds: float = _rule(30.0, minimum=0)  # longer records are refused
+    sample_rate: int | Auto = rule(AUTO, minimum=1)  # Hz that samples are brought to; auto: the processor's, or 16000
+    max_seconds: float = rule(30.0, minimum=0)  # longer records are refused
 
 
 @dataclass(frozen=True)
@@ -189,19 +192,7 @@ def load_spec(path: str | Path, overrides: Sequence[str] = (), output: str | Non
 
     Raises `SpecError` when the file cannot be read, is not a mapping, or breaks a rule.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(
-            f"{path}: the job file cannot be read ({_reason(error)}); give the path of a YAML file"
-        ) from None
-    tree = _parse_yaml(text, str(path))
-    if tree is None:
-        tree = {}
-    if not isinstance(tree, dict):
-        raise SpecError(
-            f"{path}: a job file is a mapping of sections, not a {type(tree).__name__}; start with 'model:'"
-        )
+    tree = read_mapping(path, "job file", "model")
     last = [] if output is None else [f"output.path={json.dumps(output)}"]
     return spec_from_dict(tree, [*overrides, *last])
 
@@ -210,7 +201,7 @@ def spec_from_dict(tree: dict[str, Any], overrides: Sequence[str] = ()) -> JobSp
     """Validate a nested mapping, with overrides put into it, into a `JobSpec`; raises `SpecError`."""
     for override in overrides:
         _override(tree, override)
-    spec: JobSpec = _build(JobSpec, tree, "")
+    spec: JobSpec = build(JobSpec, tree, "")
     _check_sampling(spec.generate, "generate.")
     if spec.output.responses != AUTO and spec.input.format != "openai-batch":
         raise SpecError(
@@ -224,7 +215,7 @@ def spec_from_dict(tree: dict[str, Any], overrides: Sequence[str] = ()) -> JobSp
 
 def record_sampling(job: SamplingSpec, overrides: dict[str, Any]) -> SamplingSpec:
     """A record's own sampling: the job's, with the keys that its `generate` overrides. Raises `SpecError`."""
-    given: SamplingSpec = _build(SamplingSpec, overrides, "generate.")
+    given: SamplingSpec = build(SamplingSpec, overrides, "generate.")
     sources = {f.name: given if f.name in overrides else job for f in dataclasses.fields(SamplingSpec)}
     own = SamplingSpec(**{name: getattr(source, name) for name, source in sources.items()})
     _check_sampling(own, "generate.")
@@ -242,6 +233,25 @@ def _check_sampling(sampling: SamplingSpec, prefix: str) -> None:
         )
     if sampling.top_p == 0:
         raise SpecError(f"{prefix}top_p=0: leaves no token to choose; use a value above 0, or temperature 0")
+
+
+def read_mapping(path: str | Path, kind: str, first: str) -> dict[str, Any]:
+    """The tree of a YAML file of a `kind`, which begins with the section `first`; an empty file is an empty tree.
+
+    Raises `SpecError` when it cannot be read or is not a mapping.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: the {kind} cannot be read ({_reason(error)}); give the path of a YAML file") from None
+    tree = _parse_yaml(text, str(path))
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise SpecError(
+            f"{path}: a {kind} is a mapping of sections, not a {type(tree).__name__}; start with '{first}:'"
+        )
+    return tree
 
 
 def _parse_yaml(text: str, where: str) -> Any:
@@ -267,8 +277,14 @@ def _override(tree: dict[str, Any], override: str) -> None:
     node[name] = _parse_yaml(text, f"--set {key}")
 
 
-def _build(cls: Any, tree: Any, prefix: str) -> Any:
-    """Build one (nested) dataclass from a mapping, checking names, types and minima on the way."""
+_MISSING_FIX = "add it to the job file or pass --set {key}=..."
+
+
+def build(cls: Any, tree: Any, prefix: str, missing_fix: str = _MISSING_FIX) -> Any:
+    """Build a (nested) dataclass from a mapping, checking names, types and limits on the way.
+
+    Messages put `prefix` before the name of a key; `missing_fix` says where a missing `key` goes. Raises `SpecError`.
+    """
     if not isinstance(tree, dict):
         raise SpecError(f"{prefix.rstrip('.')}={tree!r}: a section is a mapping of keys; indent its keys below it")
     fields = {f.name: f for f in dataclasses.fields(cls)}
@@ -284,14 +300,21 @@ def _build(cls: Any, tree: Any, prefix: str) -> Any:
     values = {}
     for name, f in fields.items():
         key = prefix + name
-        if dataclasses.is_dataclass(hints[name]):
-            if name in tree or f.default is dataclasses.MISSING:
-                values[name] = _build(hints[name], tree.get(name) or {}, key + ".")
+        required = f.default is dataclasses.MISSING
+        if section := _section(hints[name]):
+            if name in tree or required:
+                values[name] = build(section, tree.get(name) or {}, key + ".", missing_fix)
         elif name in tree:
-            values[name] = _check(key, tree[name], hints[name], f.metadata)
-        elif f.default is dataclasses.MISSING:
-            raise SpecError(f"{key}: a required key is missing; add it to the job file or pass --set {key}=...")
+            values[name] = _check(key, tree[name], hints[name], f.metadata, missing_fix)
+        elif required:
+            raise SpecError(f"{key}: a required key is missing; {missing_fix.format(key=key)}")
     return cls(**values)
+
+
+def _section(hint: Any) -> Any:
+    """The dataclass that a key of this type holds, or may hold; None where it holds values."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else (hint,)
+    return next(filter(dataclasses.is_dataclass, options), None)
 
 
 @functools.cache
@@ -299,11 +322,10 @@ def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)  # slow, and every record with sampling of its own asks
 
 
-def _check(key: str, value: Any, hint: Any, rules: Mapping[str, float | None]) -> Any:
+def _check(key: str, value: Any, hint: Any, rules: Mapping[str, float | None], missing_fix: str = _MISSING_FIX) -> Any:
     kinds: list[Any] = []
     choices: list[Any] = []
-    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
-    for option in typing.get_args(hint) if union else (hint,):
+    for option in typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else (hint,):
         if typing.get_origin(option) is Literal:
             choices.extend(typing.get_args(option))
         else:
@@ -311,6 +333,8 @@ def _check(key: str, value: Any, hint: Any, rules: Mapping[str, float | None]) -
     if typing.get_origin(hint) is tuple:
         (item, _) = typing.get_args(hint)
         values = value if isinstance(value, list | tuple) else [value]  # one alone needs no brackets
+        if dataclasses.is_dataclass(item):
+            return tuple(build(item, each, f"{key}[{n}].", missing_fix) for n, each in enumerate(values))
         return tuple(_check(key, each, item, rules) for each in values)
     if any(value == choice and type(value) is type(choice) for choice in choices):
         return value

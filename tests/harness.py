@@ -85,11 +85,12 @@ class World:
         self._texts = Path(self._scratch.name, "stdout"), Path(self._scratch.name, "stderr")
         inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
         root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+        cache = {"XDG_CACHE_HOME": self._scratch.name}  # links that one test measured are not another's
         with self._texts[0].open("wb") as stdout, self._texts[1].open("wb") as stderr:
             self.launcher = subprocess.Popen(
                 mpi.command(ranks, args),
                 cwd=cwd,
-                env={**inherited, **root, **(env or {}), "TMPDIR": self._scratch.name, _MARK: mark},
+                env={**inherited, **root, **cache, **(env or {}), "TMPDIR": self._scratch.name, _MARK: mark},
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
@@ -171,11 +172,19 @@ def mpirun(
 
 
 def complete_run(
-    mpi: Mpi, ranks: int | None, job: Path, output: Path, *overrides: str, resume: bool = False, cwd: Path | None = None
+    mpi: Mpi,
+    ranks: int | None,
+    job: Path,
+    output: Path,
+    *overrides: str,
+    resume: bool = False,
+    cwd: Path | None = None,
+    timeout_s: float = 120,
 ) -> Path:
     """Run a job to its end and check that it says it is complete; returns the output directory."""
     options = [part for override in overrides for part in ("--set", override)]
-    run = mpirun(mpi, ranks, ["mpinfer", "run", job, "--output", output, *options, *["--resume"] * resume], cwd=cwd)
+    program = ["mpinfer", "run", job, "--output", output, *options, *["--resume"] * resume]
+    run = mpirun(mpi, ranks, program, timeout_s, cwd)
     assert run.returncode == 0, run.stderr
     assert json.loads((output / "manifest.json").read_text())["complete"] is True
     return output

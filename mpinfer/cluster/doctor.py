@@ -1,13 +1,10 @@
 """What `mpinfer doctor` prints: who runs where, with what, and what looks wrong."""
 
-import os
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
-from mpinfer.cluster.cgroup import read_limits
 from mpinfer.cluster.context import NO_LAUNCHER
 
 _MOST_LINES = 12  # kinds of node in a report
@@ -42,14 +39,6 @@ _VERSIONS = {
     "mpi4py": "mpi4py_version",
     "MPI": "mpi_library",
 }
-
-
-def local_memory_bytes(root: Path = Path("/")) -> int:
-    """Memory that this node lets us use: all of it, or the control groups' limit."""
-    limits = read_limits("memory", "memory.max", root=root)
-    limits += read_limits("memory", "memory.limit_in_bytes", root=root)
-    total_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([total_bytes, *(int(limit) for [limit] in limits if limit.isdecimal())])
 
 
 def doctor_report(launcher: str, ranks: Sequence[RankFacts]) -> str:

@@ -1,14 +1,25 @@
 """Rank 0's books: which record goes to whom, what has come back, who is still at work.
 
-Everything happens in handlers of control messages, at the progress points of rank 0's own computing, so the
-coordinator costs no rank. Replicas pull: a slow one asks less often.
+Everything happens at the progress points of rank 0's own computing, so the coordinator costs no rank.
+
+Replicas pull. Each may hold its share, by speed, of the cost of all that is unfinished: plenty at first, less and less
+toward the end (guided self-scheduling: Polychronopoulos and Kuck, 1987), the costliest records first (Graham, 1969).
+When all are handed out, those who have nothing left get copies of what others are expected to finish much later
+(backup tasks: Dean and Ghemawat, 2004); the first result wins.
 """
 
+import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 from typing import Any, Protocol
 
-from mpinfer.transport.control import ACCOUNT, RECORDS, RESULTS, WANT, Control
+from mpinfer.coordinator.replica import Replica, pace_of_speed
+from mpinfer.transport.control import ACCOUNT, COMPUTED, DROP, RECORDS, RESULTS, WANT, Control
+
+_LOOK_EVERY_S = 0.05
+_CLEARLY = 2.0  # times as long as a copy takes must the record still take where it is
 
 
 class Records(Protocol):
@@ -20,8 +31,22 @@ class Records(Protocol):
     def line(self, index: int) -> bytes: ...
 
 
+@dataclass
+class _Backlog:
+    """Records that one replica alone has in hand, in the order in which they were handed out."""
+
+    holder: int
+    indices: list[int]
+    left_s: float  # until the last of them is expected
+    s_per_cost: float  # how much earlier the others are, if the last is not among them
+
+
 class Coordinator:
-    """Hands out the records `pending`, of which each has an estimated cost, and takes in results and accounts."""
+    """Hands out the records `pending`, of which each has an estimated cost, and takes in results and accounts.
+
+    `speeds` are those of the replicas, by leader, relative to each other and as expected; `keep` gets one result for
+    each record; `clock` is in seconds.
+    """
 
     def __init__(
         self,
@@ -29,49 +54,173 @@ class Coordinator:
         records: Records,
         costs: Sequence[float],
         pending: Iterable[int],
-        replicas: int,
+        speeds: Mapping[int, float],
         keep: Callable[[dict[str, Any]], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._endpoint, self._records, self._costs = endpoint, records, costs
-        self._replicas, self._keep = replicas, keep
-        self._pending = list(pending)[::-1]  # the next record is the last entry
-        self._pending_cost = sum(costs[index] for index in self._pending)
-        self._held: dict[int, dict[int, float]] = defaultdict(dict)  # leader -> costs of the records it has, by index
-        self._holders: dict[int, int] = {}  # leaders by record; results come from whichever rank of a replica has them
+        self._keep, self._clock = keep, clock
+        self._pending = sorted(pending, key=lambda index: -costs[index])[::-1]  # the next record is the last entry
+        self._without_result = set(self._pending)
+        self._unfinished_cost = sum(costs[index] for index in self._pending)
+        self._replicas = {leader: Replica(leader, speed) for leader, speed in speeds.items()}
+        self._speed = sum(speeds.values())  # of all together
+        self._scale = 0.0  # cost per second of a replica of speed 1; 0 before anything is finished
+        self._guess = len(speeds) / self._speed  # until then: costs are meant to be seconds of a typical replica
+        self._holders: dict[int, list[int]] = {}  # leaders by record; results come from any rank of a replica
+        self._look_next = clock()
         self.accounts: dict[int, dict[str, Any]] = {}
-        endpoint.on(WANT, self._hand_out)
+        endpoint.on(WANT, self._ask)
         endpoint.on(RESULTS, self._take_in)
+        endpoint.on(COMPUTED, self._settle)
         endpoint.on(ACCOUNT, self._close_account)
+        endpoint.attach(self)
+
+    @property
+    def complete(self) -> bool:
+        """Every record has a result."""
+        return not self._without_result
 
     @property
     def finished(self) -> bool:
         """Every record has a result and every rank has sent its account."""
-        return not self._pending and not any(self._held.values()) and len(self.accounts) == self._endpoint.size
+        return self.complete and len(self.accounts) == self._endpoint.size
 
-    def _hand_out(self, leader: int, wanted: int) -> None:
-        """What a leader asks for, but no more than its even share of all that is unfinished, by cost and to the nearest
-        record: what it holds already counts, so that no replica hoards what another could do."""
-        held = self._held[leader]
-        unfinished = self._pending_cost + sum(sum(costs.values()) for costs in self._held.values())
-        room = unfinished / self._replicas - sum(held.values())
-        batch: list[int] = []
-        while self._pending and len(batch) < wanted:
-            if held and room < self._costs[self._pending[-1]] / 2:
-                break
-            index = self._pending.pop()
-            batch.append(index)
-            held[index] = self._costs[index]
-            self._holders[index] = leader
-            room -= self._costs[index]
-            self._pending_cost -= self._costs[index]
-        lines = [[index, self._records.ids[index], self._records.line(index).decode()] for index in batch]
-        self._endpoint.send(leader, RECORDS, {"records": lines, "more": bool(self._pending)})
+    def complete_finished(self) -> None:
+        """At every progress point: what is late is found out though no message comes."""
+        self.reconsider()
+
+    def reconsider(self) -> None:
+        """Look again at the speeds, and at who waits for what others are late with. Cheap: does so now and then."""
+        now = self._clock()
+        if now < self._look_next:
+            return
+        self._look_next = now + _LOOK_EVERY_S
+        self._scale = pace_of_speed(self._replicas.values())
+        if not self._pending:
+            self._copy(now)
+
+    def _ask(self, leader: int, wanted: int) -> None:
+        """Answer now, if only that the answer will come later: when there is something, or nothing left to do."""
+        self.reconsider()
+        replica = self._replicas[leader]
+        replica.wanted = wanted
+        if not self._answer(replica):
+            self._endpoint.send(leader, RECORDS, {"records": [], "more": True})
 
     def _take_in(self, source: int, results: list[dict[str, Any]]) -> None:
         for result in results:
             index = result["index"]
-            self._keep({"index": index, "id": self._records.ids[index], **result})
-            del self._held[self._holders.pop(index)][index]
+            if index in self._without_result:  # else it is the second one
+                self._without_result.remove(index)
+                self._keep({"index": index, "id": self._records.ids[index], **result})
+        # An error says nothing of how fast its replica is.
+        self._settle(source, [result["index"] for result in results if "error" not in result])
+        self._settle(source, [result["index"] for result in results if "error" in result], computed=False)
 
     def _close_account(self, rank: int, account: dict[str, Any]) -> None:
         self.accounts[rank] = account
+
+    def _settle(self, source: int, indices: list[int], computed: bool = True) -> None:
+        """Nobody need compute these any more: a rank of one of their holders has, or has found that it cannot."""
+        now = self._clock()
+        drops: dict[int, list[int]] = defaultdict(list)
+        concerned: dict[int, Replica] = {}
+        for index in indices:
+            holders = self._holders.pop(index, [])
+            self._unfinished_cost -= self._costs[index] if holders else 0.0
+            for leader in holders:
+                replica = concerned[leader] = self._replicas[leader]
+                if computed and (leader == source or len(holders) == 1):
+                    replica.finish(index, self._costs[index], now)
+                else:
+                    replica.lose(index, self._costs[index], now, self._rate(replica))
+                if leader != source and len(holders) > 1:
+                    drops[leader].append(index)
+        for leader, dropped in drops.items():
+            self._endpoint.send(leader, DROP, dropped)
+        over = not self._pending and not self._holders
+        for replica in self._replicas.values() if over else concerned.values():
+            if replica.wanted:
+                self._answer(replica)
+        self.reconsider()
+
+    def _answer(self, replica: Replica) -> bool:
+        """Give a leader what it has asked for, as far as there is anything for it; whether there was an answer."""
+        if not self._pending and not self._holders:
+            self._give(replica, [])
+        elif batch := self._share(replica):
+            self._give(replica, batch)
+        else:
+            return False
+        return True
+
+    def _share(self, replica: Replica) -> list[int]:
+        """The next pending records, but no more than make up the replica's share of all that is unfinished, to the
+        nearest record: what it holds already counts, so that none hoards what another could do."""
+        room = self._unfinished_cost * replica.speed(self._scale) / self._speed - replica.held_cost
+        batch: list[int] = []
+        while self._pending and len(batch) < replica.wanted:
+            cost = self._costs[self._pending[-1]]
+            if (batch or replica.held) and room < cost / 2:
+                break
+            batch.append(self._pending.pop())
+            room -= cost
+        return batch
+
+    def _copy(self, now: float) -> None:
+        """Give those who wait for records, the fastest first, copies of what would be finished last: from the end of
+        what its holder has in hand, as far as a copy will be there clearly earlier. No record has two copies."""
+        waiting = [replica for replica in self._replicas.values() if replica.wanted]
+        if not waiting:
+            return
+        backlogs = [self._backlog(replica, now) for replica in self._replicas.values() if replica.held]
+        last = [(-backlog.left_s, backlog.holder, backlog) for backlog in backlogs if backlog.indices]
+        heapify(last)
+        for replica in sorted(waiting, key=self._rate, reverse=True):
+            if last and last[0][1] != replica.leader:
+                _, holder, backlog = heappop(last)
+                if batch := self._copies(replica, backlog, now):
+                    self._give(replica, batch)
+                if backlog.indices:
+                    heappush(last, (-backlog.left_s, holder, backlog))
+
+    def _backlog(self, replica: Replica, now: float) -> "_Backlog":
+        """What nobody but a replica has in hand."""
+        rate = self._rate(replica)
+        alone = [index for index in replica.held if len(self._holders[index]) == 1]
+        left_s = replica.left_s(now, rate)
+        if replica.is_late(now, rate):
+            return _Backlog(replica.leader, alone, left_s, 0.0)  # a copy less to compute says nothing
+        left_s -= (replica.held_cost - sum(self._costs[index] for index in alone)) / rate  # copies are from the end
+        if alone:
+            left_s = max(left_s, replica.held[alone[-1]] - now + replica.quickest_s * self._costs[alone[-1]])
+        return _Backlog(replica.leader, alone, left_s, 1 / rate)
+
+    def _copies(self, replica: Replica, backlog: "_Backlog", now: float) -> list[int]:
+        """What to copy, taken off the backlog."""
+        rate = self._rate(replica)
+        ready_s = replica.left_s(now, rate)
+        batch: list[int] = []
+        while backlog.indices and len(batch) < replica.wanted:
+            cost = self._costs[backlog.indices[-1]]
+            ready_s += cost / rate
+            if backlog.left_s < max(_CLEARLY * ready_s, replica.quickest_s * cost):
+                break
+            batch.append(backlog.indices.pop())
+            backlog.left_s -= cost * backlog.s_per_cost
+        return batch
+
+    def _give(self, replica: Replica, batch: list[int]) -> None:
+        """The answer to a leader's question; nothing in it says that there is nothing left to do."""
+        now = self._clock()
+        replica.wanted = 0
+        for index in batch:
+            replica.give(index, self._costs[index], now)
+            self._holders.setdefault(index, []).append(replica.leader)
+        lines = [[index, self._records.ids[index], self._records.line(index).decode()] for index in batch]
+        self._endpoint.send(replica.leader, RECORDS, {"records": lines, "more": bool(batch)})
+
+    def _rate(self, replica: Replica) -> float:
+        """Cost per second."""
+        return (self._scale or self._guess) * replica.speed(self._scale)

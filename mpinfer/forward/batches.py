@@ -11,7 +11,7 @@ import torch
 from mpinfer.errors import RecordError
 from mpinfer.forward.prepare import Preparer, Sample
 from mpinfer.observe.account import Account
-from mpinfer.transport.control import COORDINATOR, RECORDS, RESULTS, WANT, Control
+from mpinfer.transport.control import COORDINATOR, DROP, RECORDS, RESULTS, WANT, Control
 from mpinfer.transport.message import END, Message
 
 _WINDOW = 4  # batches to choose from where records differ in length: those that are alike waste little on padding
@@ -48,8 +48,12 @@ class BatchSource:
         self._preparing: deque[Future[list[Prepared]]] = deque()
         self._ready: dict[Hashable, list[tuple[int, Sample]]] = defaultdict(list)
         self._in_hand = 0  # records that were asked for and not yet passed on
+        self._dropped: set[int] = set()  # records that another replica was first with
         self._asked, self._more = False, True
+        self._answers = 0  # so far
+        self._put_off = False  # whether the answer is that one will come later
         endpoint.on(RECORDS, self._receive)
+        endpoint.on(DROP, self._drop)
 
     def take(self, micro_batch: int) -> Message:
         """The next batch; `END` when there is nothing left to do."""
@@ -67,10 +71,10 @@ class BatchSource:
         self._background.shutdown()
 
     def _wait(self) -> None:
-        """Until records have come or have been prepared."""
-        asked = self._asked
+        """Until rank 0 has answered or records have been prepared."""
+        answers = self._answers
         with self._account.phase("idle"):
-            self._endpoint.wait_until(lambda: self._asked != asked or self._is_prepared())
+            self._endpoint.wait_until(lambda: self._answers != answers or self._is_prepared())
 
     def _ask(self) -> None:
         missing = self._micro_batch * (self._window + 2) - self._in_hand
@@ -80,10 +84,20 @@ class BatchSource:
 
     def _receive(self, source: int, body: dict[str, Any]) -> None:
         records = body["records"]
-        self._asked, self._more = False, body["more"]
+        self._answers += 1
+        self._more = body["more"]
+        self._asked = self._put_off = self._more and not records
         self._in_hand += len(records)
         for start in range(0, len(records), self._micro_batch):
             self._preparing.append(self._background.submit(self._prepare, records[start : start + self._micro_batch]))
+
+    def _drop(self, source: int, indices: list[int]) -> None:
+        """Forget records that are not yet in a batch."""
+        self._dropped.update(indices)
+        for bucket in self._ready.values():
+            kept = [entry for entry in bucket if entry[0] not in self._dropped]
+            self._in_hand -= len(bucket) - len(kept)
+            bucket[:] = kept
 
     def _prepare(self, records: list[tuple[int, str | int, str]]) -> list[Prepared]:
         """In the background: from records to tensors."""
@@ -105,7 +119,9 @@ class BatchSource:
         errors = []
         while self._is_prepared():
             for index, sample in self._preparing.popleft().result():
-                if isinstance(sample, RecordError):
+                if index in self._dropped:
+                    self._in_hand -= 1
+                elif isinstance(sample, RecordError):
                     errors.append({"index": index, "error": {"type": "RecordError", "message": str(sample)}})
                     self._in_hand -= 1
                 else:
@@ -118,7 +134,7 @@ class BatchSource:
         bucket = max(self._ready.values(), key=len, default=None)
         if not bucket:
             return None
-        is_last = not self._preparing and not self._asked
+        is_last = not self._preparing and (not self._asked or self._put_off)
         return bucket if is_last or len(bucket) >= self._micro_batch * self._window else None
 
     def _batch(self, bucket: list[tuple[int, Sample]]) -> Message:

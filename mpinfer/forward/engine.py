@@ -1,15 +1,17 @@
-"""How models of any other kind are laid out and run."""
+"""How models of any other kind are measured, laid out and run."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from mpinfer.plan.block import ModelSummary, Workload
-from mpinfer.plan.planner import Plan
-from mpinfer.plan.predict import StepTimes
+from mpinfer.plan.block import ModelSummary
+from mpinfer.plan.cost import Rates, speeds_of
+from mpinfer.plan.layout import Plan
 from mpinfer.records.inputs import Input
 from mpinfer.spec import JobSpec
 
 if TYPE_CHECKING:  # torch loads only once the cheap checks have passed; planning needs no MPI
+    from mpinfer.forward.estimate import ForwardEstimator
     from mpinfer.forward.replica import ForwardRank
     from mpinfer.transport.endpoint import Endpoint
 
@@ -26,6 +28,7 @@ class ForwardEngine:
 
         self._spec = spec
         self._skeleton = GraphSkeleton(spec, shapes_from_json(inputs))
+        self._prepare_s = 0.0
 
     @staticmethod
     def inputs(spec: JobSpec, records: Input) -> Any:
@@ -37,18 +40,22 @@ class ForwardEngine:
     def summary(self) -> ModelSummary:
         return self._skeleton.summary()
 
-    def workload(self, records: int, record_bytes: int, new_tokens: int) -> Workload:
-        """A record is what a token is to a decoder: the unit of work."""
-        return Workload(records, float(records), 0.0, 0.0)
+    def estimator(self, records: Input, needs_logits: bool) -> "ForwardEstimator":
+        from mpinfer.forward.estimate import ForwardEstimator
 
-    def step_size(self, plan: Plan) -> int:
-        """Records of a full step, as timed."""
-        return plan.micro_batch
+        estimator = ForwardEstimator(self._spec, records, self._skeleton.row_bytes)
+        self._prepare_s = estimator.prepare_s
+        return estimator
 
-    def record_costs(
-        self, plan: Plan, work: Workload, times: Sequence[StepTimes], lengths: Sequence[int]
-    ) -> Sequence[float]:
-        return [1.0] * len(lengths)
+    def measure(self, device: str) -> Any:
+        """Seconds of a piece of the model's work on this rank, at best and in the mean."""
+        return self._skeleton.probe()
+
+    def rates(self, measured: Sequence[Any]) -> tuple[Rates, list[float]]:
+        """Of the operations that rank 0 has timed, and every rank's speed beside that."""
+        best_s, _ = measured[0]
+        own = replace(self._skeleton.rates(), record_s=self._prepare_s)
+        return own, speeds_of([mean_s for _, mean_s in measured], best_s)
 
     def build_rank(self, endpoint: "Endpoint", plan: Plan, device: str, needs_logits: bool) -> "ForwardRank":
         from mpinfer.forward.replica import ForwardRank

@@ -15,9 +15,10 @@ from mpinfer.forward.tasks import make_task
 from mpinfer.models.graph import GraphSkeleton
 from mpinfer.observe.account import Account
 from mpinfer.pipeline.links import Links
+from mpinfer.pipeline.timing import steady_s
 from mpinfer.pipeline.worker import Worker
-from mpinfer.plan.planner import Plan
-from mpinfer.plan.predict import StepTimes
+from mpinfer.plan.cost import Demand, Timed
+from mpinfer.plan.layout import Plan
 from mpinfer.plan.schedule import stream
 from mpinfer.spec import JobSpec, arrays_in_files
 from mpinfer.transport.endpoint import Endpoint
@@ -33,28 +34,26 @@ class ForwardRank:
     """
 
     def __init__(self, endpoint: Endpoint, spec: JobSpec, plan: Plan, skeleton: GraphSkeleton, device: str) -> None:
-        self.coordinates = plan.grid.coordinates(endpoint.rank)
-        self._endpoint, self._spec, self._plan, self._skeleton = endpoint, spec, plan, skeleton
+        self.coordinates = plan.coordinates(endpoint.rank)
+        self._layout = layout = plan.replica_of(endpoint.rank)
+        self._endpoint, self._spec, self._skeleton = endpoint, spec, skeleton
         self._account = Account()
         endpoint.serving = lambda: self._account.phase("overhead")
         self._links = Links(endpoint, self._account, spec.transport.blocking)
         started = time.perf_counter()
-        start, stop = plan.blocks_of(self.coordinates.stage)
-        self._part = skeleton.load_part(start, stop, device, plan.micro_batch, endpoint.progress)
+        start, stop = layout.blocks_of(self.coordinates.stage)
+        self._part = skeleton.load_part(start, stop, device, layout.micro_batch, endpoint.progress)
         self._load_s = time.perf_counter() - started
         self._stage = ForwardStage(self._part)
         self._inbox: Inbox = self._make_inbox()
         self._worker = Worker(self._inbox, self._stage, self._make_outbox(), self._account)
 
-    def step_times(self) -> StepTimes:
-        """Time a full micro-batch on this stage. Also its warm-up; leaves no trace."""
-        start, _ = self._plan.blocks_of(self.coordinates.stage)
-        values = self._skeleton.example(start, self._plan.micro_batch)
-        message = Message(np.zeros(1, dtype=np.int32), tuple(values))
-        for _ in range(2):
-            started = time.perf_counter()
-            self._stage.forward(message)
-        return StepTimes(time.perf_counter() - started, 0.0)
+    def timed_steps(self) -> list[Timed]:
+        """A full micro-batch, timed on this stage. Also its warm-up; leaves no trace."""
+        start, _ = self._layout.blocks_of(self.coordinates.stage)
+        rows = self._layout.micro_batch
+        message = Message(np.zeros(1, dtype=np.int32), tuple(self._skeleton.example(start, rows)))
+        return [Timed(Demand(rows), steady_s(lambda: self._stage.forward(message)))]
 
     def run(self) -> None:
         """The loop, until the stream of batches ends."""
@@ -87,7 +86,7 @@ class ForwardRank:
             preparer,
             check=(lambda sample: None) if program is None else program.check,
             values=self._skeleton.first_values,
-            micro_batch=self._plan.micro_batch,
+            micro_batch=self._layout.micro_batch,
             # A program was traced for batches of two or more: for one record torch may have meant something else.
             rows=lambda records: fixed or (max(records, 2) if program is not None else records),
             account=self._account,
@@ -95,7 +94,7 @@ class ForwardRank:
 
     def _make_outbox(self) -> Outbox:
         """Of a last stage the results, of another one the channel to the next."""
-        if self.coordinates.stage < self._plan.stages - 1:
+        if self.coordinates.stage < self._layout.stages - 1:
             return self._links.outbox(self._channel(self.coordinates.stage + 1))
         directory = Path(self._spec.output.path) if arrays_in_files(self._spec) else None
         return ResultSink(
@@ -104,16 +103,16 @@ class ForwardRank:
 
     def _channel(self, destination: int) -> ChannelPlan:
         """The link into a stage of this replica. Same on both ends."""
-        plan = self._plan
-        start, _ = plan.blocks_of(destination)
-        dimensions, sizes = self._skeleton.capacity(start, max(2, plan.micro_batch))
+        layout = self._layout
+        start, _ = layout.blocks_of(destination)
+        dimensions, sizes = self._skeleton.capacity(start, max(2, layout.micro_batch))
         return ChannelPlan(
-            source=plan.grid.rank(self.coordinates.replica, destination - 1),
-            destination=plan.grid.rank(self.coordinates.replica, destination),
+            source=layout.rank(destination - 1),
+            destination=layout.rank(destination),
             tag=_TAG,
-            header_words=plan.micro_batch,
+            header_words=layout.micro_batch,
             values=len(sizes),
             dimensions=dimensions,
             payload_bytes=sum(map(padded, sizes)),
-            depth=max(2, plan.in_flight // plan.stages),
+            depth=max(2, layout.in_flight // layout.stages),
         )

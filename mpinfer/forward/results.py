@@ -11,7 +11,7 @@ from mpinfer.errors import RecordError
 from mpinfer.forward.tasks import Task
 from mpinfer.observe.account import Account
 from mpinfer.records.shards import ShardWriter
-from mpinfer.transport.control import COORDINATOR, RESULTS, Control
+from mpinfer.transport.control import COMPUTED, COORDINATOR, RESULTS, Control
 from mpinfer.transport.message import Message
 
 _FLUSH_S = 2.0  # the longest that a result waits for its shard to fill
@@ -41,6 +41,8 @@ class ResultSink:
                 batch = dict(zip(self._output_names(), message.values, strict=True))
                 outputs = self._task.outputs(_tensors(batch), len(indices))
             self._send([result for pair in zip(indices, outputs, strict=True) if (result := self._result(*pair))])
+            if computed := [index for index in indices if index in self._plain]:
+                self._endpoint.send(COORDINATOR, COMPUTED, computed)  # lest another replica be asked for them
         if self._shards is not None and (
             message.is_end or self._shards.is_full or time.monotonic() - self._flushed > _FLUSH_S
         ):

@@ -1,19 +1,20 @@
-"""How decoder language models are laid out and run."""
+"""How decoder language models are measured, laid out and run."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median_low
 from typing import TYPE_CHECKING, Any
 
-from mpinfer.plan.block import ModelSummary, Workload
-from mpinfer.plan.planner import Plan
-from mpinfer.plan.predict import StepTimes, token_costs_s
+from mpinfer.plan.block import ModelSummary
+from mpinfer.plan.cost import Rates, speeds_of
+from mpinfer.plan.layout import Plan
+from mpinfer.records.inputs import Input
 from mpinfer.spec import AUTO, JobSpec
 
 if TYPE_CHECKING:  # torch loads only once the cheap checks have passed; planning needs no MPI
+    from mpinfer.generate.estimate import DecodeEstimator
     from mpinfer.generate.replica import DecodeRank
     from mpinfer.transport.endpoint import Endpoint
-
-BYTES_PER_TOKEN = 4.0  # of a prompt, before it is tokenized
 
 
 class DecodeEngine:
@@ -28,36 +29,31 @@ class DecodeEngine:
         self.kv_cache_bytes = None if spec.generate.kv_cache_gb == AUTO else int(spec.generate.kv_cache_gb * 1e9)
 
     @staticmethod
-    def inputs(spec: JobSpec, records: Any) -> Any:
+    def inputs(spec: JobSpec, records: Input) -> Any:
         """Token ids are all alike."""
         return None
 
     def summary(self) -> ModelSummary:
         return self._skeleton.summary(with_head=self._spec.model.task != "embed")
 
-    def workload(self, records: int, record_bytes: int, new_tokens: int) -> Workload:
-        """What is known of the work before the prompts are tokenized; `new_tokens`: the most that records ask for."""
-        prompts = record_bytes / BYTES_PER_TOKEN
-        match self._spec.model.task:
-            case "score":
-                return Workload(records, prompts, 0.0, prompts)
-            case "embed":
-                return Workload(records, prompts, 0.0, 0.0)
-        samples = records * self._spec.generate.n
-        most = float(min(new_tokens, samples * self._skeleton.max_length))
-        return Workload(records, prompts * self._spec.generate.n, most, most)
+    def estimator(self, records: Input, needs_logits: bool) -> "DecodeEstimator":
+        from mpinfer.generate.estimate import DecodeEstimator
 
-    def step_size(self, plan: Plan) -> int:
-        """Tokens of a full prefill step, as timed."""
-        return self._spec.generate.step_tokens
+        return DecodeEstimator(self._spec, self._skeleton, records, needs_logits)
 
-    def record_costs(
-        self, plan: Plan, work: Workload, times: Sequence[StepTimes], lengths: Sequence[int]
-    ) -> Sequence[float]:
-        """Seconds of a replica's ranks that each record is expected to take, by the bytes of its line."""
-        prompt_s, new_s = token_costs_s(plan, self.step_size(plan), times)
-        new_tokens = work.new_tokens / work.records
-        return [prompt_s * length / BYTES_PER_TOKEN + new_s * new_tokens for length in lengths]
+    def measure(self, device: str) -> Any:
+        """What work costs on this rank; JSON-able. Raises `ModelError`."""
+        from mpinfer.generate.measure import measure
+
+        return measure(self._skeleton, self.summary(), self._spec.generate.step_tokens, device).to_dict()
+
+    def rates(self, measured: Sequence[Any]) -> tuple[Rates, list[float]]:
+        """Of what all ranks have measured: the rates of the one in the middle, and every rank's speed beside it."""
+        rates = [Rates.from_dict(each) for each in measured]
+        sizes = min((each.rows.sizes for each in rates), key=len)
+        seconds = [sum(each.rows(size) + each.serial(size) for size in sizes) for each in rates]
+        middle = median_low(seconds)
+        return rates[seconds.index(middle)], speeds_of(seconds, middle)
 
     def build_rank(self, endpoint: "Endpoint", plan: Plan, device: str, needs_logits: bool) -> "DecodeRank":
         from mpinfer.generate.replica import DecodeRank

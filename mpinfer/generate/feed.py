@@ -7,7 +7,7 @@ from mpinfer.errors import RecordError
 from mpinfer.generate.scheduler import Scheduler, Sequence
 from mpinfer.generate.tasks import Task
 from mpinfer.observe.account import Account
-from mpinfer.transport.control import COORDINATOR, RECORDS, RESULTS, WANT, Control
+from mpinfer.transport.control import COORDINATOR, DROP, RECORDS, RESULTS, WANT, Control
 
 
 class RecordFeed:
@@ -17,10 +17,12 @@ class RecordFeed:
         self._endpoint, self._task, self._ahead, self._account = endpoint, task, ahead, account
         self._arrived: deque[tuple[int, str | int, str]] = deque()
         self._unfinished: dict[int, list[Sequence]] = {}  # of every record at work, all its sequences, in order
+        self._dropped: set[int] = set()  # records that another replica was first with, until the scheduler knows
         self._asked = False
         self._more = True
         self.tokens = {"prompt_tokens": 0, "new_tokens": 0}  # of finished sequences
         endpoint.on(RECORDS, self._receive)
+        endpoint.on(DROP, self._drop)
 
     def refill(self, scheduler: Scheduler) -> bool:
         """Hand over what has arrived and ask for what is missing; False once nothing will ever come."""
@@ -34,6 +36,11 @@ class RecordFeed:
             self._unfinished[index] = sequences
             for sequence in sequences:
                 scheduler.add(sequence)
+        if self._dropped:
+            scheduler.drop(self._dropped)
+            for index in self._dropped:
+                self._unfinished.pop(index, None)
+            self._dropped.clear()
         missing = scheduler.slots + self._ahead - scheduler.unfinished
         if self._more and not self._asked and missing > 0:
             self._endpoint.send(COORDINATOR, WANT, missing)
@@ -49,9 +56,11 @@ class RecordFeed:
         complete = []
         for sequence in sequences:
             sequence.finished = True
+            own = self._unfinished.get(sequence.index)
+            if own is None:  # dropped
+                continue
             self.tokens["prompt_tokens"] += len(sequence.prompt)
             self.tokens["new_tokens"] += len(sequence.new_tokens)
-            own = self._unfinished[sequence.index]
             if all(each.finished for each in own):
                 complete.append(own)
                 del self._unfinished[sequence.index]
@@ -61,7 +70,10 @@ class RecordFeed:
     def _receive(self, source: int, body: dict[str, Any]) -> None:
         self._arrived.extend((index, id, line) for index, id, line in body["records"])
         self._more = body["more"]
-        self._asked = False
+        self._asked = self._more and not body["records"]  # then the answer is yet to come
+
+    def _drop(self, source: int, indices: list[int]) -> None:
+        self._dropped.update(indices)
 
     def _send(self, results: list[dict[str, Any]]) -> None:
         self._endpoint.send(COORDINATOR, RESULTS, results)

@@ -1,32 +1,36 @@
 """One rank of a replica that decodes: builds its stage and channels, runs the loop, closes its books."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from mpinfer.generate.cache import KVCache
+from mpinfer.generate.estimate import demand
 from mpinfer.generate.feed import RecordFeed
-from mpinfer.generate.readout import NoReadout
+from mpinfer.generate.readout import NoReadout, Readout
 from mpinfer.generate.ring import DecodeRing, Finish
 from mpinfer.generate.scheduler import Scheduler, Segment, Step
 from mpinfer.generate.stage import DecodeStage, encode_step, header_words
 from mpinfer.generate.tasks import make_task, readout_kind
 from mpinfer.models.decoder import DecoderSkeleton
+from mpinfer.models.tensor_parallel import Shard
 from mpinfer.observe.account import Account
-from mpinfer.pipeline.links import Links
+from mpinfer.pipeline.links import Copied, Gathered, Links
+from mpinfer.pipeline.timing import steady_s
 from mpinfer.pipeline.worker import Worker
 from mpinfer.plan.block import vocabulary_share
-from mpinfer.plan.planner import Plan
-from mpinfer.plan.predict import StepTimes
+from mpinfer.plan.cost import Timed
+from mpinfer.plan.layout import Plan
 from mpinfer.plan.schedule import stream
 from mpinfer.spec import AUTO, JobSpec
-from mpinfer.transport.channel import MpiInbox
+from mpinfer.transport.collective import ShardGroup
 from mpinfer.transport.endpoint import Endpoint
 from mpinfer.transport.local import LocalChannel
 from mpinfer.transport.message import ChannelPlan, Inbox, Message, padded
 
-_ACTIVATIONS_TAG, _SAMPLES_TAG = 1, 2
+_ACTIVATIONS_TAG, _SAMPLES_TAG, _STEPS_TAG = 1, 2, 3
 _TYPICAL_LENGTH = 128  # tokens of context of the decode step that is timed
 
 
@@ -45,64 +49,70 @@ class DecodeRank:
         device: str,
         needs_logits: bool,
     ) -> None:
-        self.coordinates = plan.grid.coordinates(endpoint.rank)
-        self._endpoint, self._spec, self._plan = endpoint, spec, plan
+        self.coordinates = plan.coordinates(endpoint.rank)
+        self._layout = layout = plan.replica_of(endpoint.rank)
+        self._endpoint, self._spec = endpoint, spec
         self._account = Account()
         self._hidden_size, self._final_size, self._dtype = skeleton.hidden_size, skeleton.final_size, skeleton.dtype
         endpoint.serving = lambda: self._account.phase("overhead")
         self._links = Links(endpoint, self._account, spec.transport.blocking)
         self._feed: RecordFeed | None = None
-        self._step_tokens = max(spec.generate.step_tokens, plan.micro_batch)  # one of every sequence must fit
+        self._step_tokens = max(spec.generate.step_tokens, layout.micro_batch)  # one of every sequence must fit
         length = skeleton.max_length if spec.generate.max_length == AUTO else spec.generate.max_length
-        self._max_length = min(length, skeleton.max_length, plan.kv_tokens)
+        self._max_length = min(length, skeleton.max_length, layout.kv_tokens)
         generates = spec.model.task == "generate"
         # A step samples one token of each generating sequence, or any of all its prompts' tokens.
-        self._samples = plan.micro_batch if generates else self._step_tokens
+        self._samples = layout.micro_batch if generates else self._step_tokens
         self._targets = self._samples if spec.model.task == "score" else 0
 
+        shard = self._join_shards()
         started = time.perf_counter()
-        stage = self.coordinates.stage
-        kind = readout_kind(spec, needs_logits)
-        vocabulary = range(0) if kind is NoReadout else vocabulary_share(skeleton.vocabulary, stage, plan.stages)
+        stage, number = self.coordinates.stage, self.coordinates.shard
+        self._kind = kind = readout_kind(spec, needs_logits)
+        self._vocabulary = skeleton.vocabulary if kind is not NoReadout else 0
         self._part = skeleton.load_part(
-            *plan.blocks_of(stage), device, plan.micro_batch, on_layer=endpoint.progress, vocabulary=vocabulary
+            *layout.blocks_of(stage),
+            device,
+            layout.micro_batch,
+            on_layer=endpoint.progress,
+            vocabulary=self._share(stage, number),
+            shard=shard,
         )
         self._load_s = time.perf_counter() - started
-        self._readout = kind(self._part)
-        last = vocabulary_share(skeleton.vocabulary, plan.stages - 1, plan.stages)
-        self._samples_width = self._final_size + kind.width(len(last))
-        cache = KVCache(plan.in_flight * plan.micro_batch, self._max_length, device)
+        # Samples come back to a first stage, which adds its share there; shards of a last one are all asked on the way.
+        readout, none = kind(self._part), NoReadout(self._part)
+        finishes = self._part.first and shard is None
+        on_the_way: Readout = none if finishes else readout
+        self._readout: Readout = readout if finishes else none
+        cache = KVCache(layout.in_flight * layout.micro_batch, self._max_length, device)
         outbox = self._outbox()
-        self._inbox: Inbox = (
-            self._ring(skeleton, outbox, needs_logits)
-            if self._part.first
-            else self._inbox_from(self.coordinates.stage - 1)
-        )
-        self._stage = DecodeStage(self._part, cache, NoReadout(self._part) if self._part.first else self._readout)
+        self._inbox = self._first_inbox(skeleton, outbox, needs_logits) if self._part.first else self._activations()
+        self._stage = DecodeStage(self._part, cache, on_the_way, with_hidden=number == 0)
         self._worker = Worker(self._inbox, self._stage, outbox, self._account)
 
-    def step_times(self) -> StepTimes:
-        """Time a full prefill step and a decode step of this stage. Also its warm-up; leaves no trace."""
-        slots = range(self._plan.micro_batch)
+    def timed_steps(self) -> list[Timed]:
+        """A full prefill step and a decode step, timed on this stage. Also its warm-up; leaves no trace."""
+        slots = range(self._layout.micro_batch)
         prefill_tokens = min(self._step_tokens, self._max_length)
         position = min(_TYPICAL_LENGTH, self._max_length) - 1
-        return StepTimes(
-            self._time([Segment(0, 0, prefill_tokens, 1)]),
-            self._time([Segment(slot, position, 1, 1) for slot in slots]),
-        )
+        return [
+            self._timed([Segment(slot, position, 1, 1) for slot in slots]),
+            self._timed([Segment(0, 0, prefill_tokens, 1)]),
+        ]
 
-    def _time(self, segments: list[Segment]) -> float:
+    def _timed(self, segments: list[Segment]) -> Timed:
         tokens, samples = (0,) * sum(s.length for s in segments), sum(s.samples for s in segments)
-        message = encode_step(Step(tuple(segments), tokens, (0,) * min(samples, self._targets)))
+        step = Step(tuple(segments), tokens, (0,) * min(samples, self._targets))
+        message = encode_step(step)
         if not self._part.first:
             message = Message(message.header, (torch.zeros(len(tokens), self._hidden_size, dtype=self._dtype),))
         hidden = torch.zeros(samples, self._final_size)
-        for _ in range(2):
-            started = time.perf_counter()
+
+        def run() -> None:
             self._stage.forward(message)
-            if self._part.first:
-                self._readout.reduce(hidden, (0,) * samples)
-        return time.perf_counter() - started
+            self._readout.reduce(hidden, (0,) * samples)
+
+        return Timed(demand(step), steady_s(run, self._agree))
 
     def run(self) -> None:
         """The loop, until the stream of steps ends."""
@@ -123,39 +133,87 @@ class DecodeRank:
             "read_s": self._load_s,
         }
 
+    def _join_shards(self) -> Shard | None:
+        """This rank among those that hold its stage with it; None where it holds the stage alone."""
+        self._agree: Callable[[bool], bool] = bool
+        if self._layout.shards == 1:
+            return None
+        group = ShardGroup(self._endpoint, self._layout.stage_ranks(self.coordinates.stage), self._links.waiting)
+        self._agree = group.any
+        return Shard(self.coordinates.shard, self._layout.shards, group.all_reduce)
+
+    def _share(self, stage: int, shard: int) -> range:
+        """Of the vocabulary; empty where no logits are asked for."""
+        if not self._vocabulary:
+            return range(0)
+        return vocabulary_share(self._vocabulary, stage, self._layout.stages, shard, self._layout.shards)
+
+    def _first_inbox(self, skeleton: DecoderSkeleton, outbox: Any, needs_logits: bool) -> Inbox:
+        """Of a first stage: the leader makes the steps, its other shards get a copy of each."""
+        shards = range(1, self._layout.shards)
+        if self.coordinates.shard > 0:
+            return self._links.inbox(self._steps(self.coordinates.shard))
+        ring = self._ring(skeleton, outbox, needs_logits)
+        return Copied(ring, [self._links.outbox(self._steps(shard)) for shard in shards]) if shards else ring
+
     def _ring(self, skeleton: DecoderSkeleton, outbox: Any, needs_logits: bool) -> DecodeRing:
-        """The inbox of a first stage: the scheduler, fed by the coordinator and by the steps that come back."""
-        plan = self._plan
-        scheduler = Scheduler(plan.in_flight, plan.micro_batch, self._step_tokens, self._max_length, plan.kv_tokens)
+        """Where steps are made: the scheduler, fed by the coordinator and by the steps that come back."""
+        layout = self._layout
+        groups = layout.in_flight, layout.micro_batch
+        scheduler = Scheduler(*groups, self._step_tokens, self._max_length, layout.kv_tokens)
         task = make_task(self._spec, skeleton, self._max_length, needs_logits)
-        self._feed = RecordFeed(self._endpoint, task, ahead=plan.micro_batch, account=self._account)
-        returned = outbox if self._part.last else self._inbox_from(plan.stages - 1)
+        self._feed = RecordFeed(self._endpoint, task, ahead=layout.micro_batch, account=self._account)
+        own = [outbox] if self._part.last else []
+        others = [self._links.inbox(self._samples_of(shard)) for shard in range(len(own), layout.shards)]
+        returned = [*own, *others]
         finish = Finish(task, self._readout, self._final_size, self._account)
-        return DecodeRing(scheduler, plan.in_flight, self._feed, returned, finish)
+        return DecodeRing(
+            scheduler,
+            layout.in_flight,
+            self._feed,
+            Gathered(returned) if len(returned) > 1 else returned[0],
+            finish,
+        )
 
     def _outbox(self) -> Any:
-        """To the next stage, or from the last one back to the first."""
-        if self._plan.stages == 1:
+        """To the same shard of the next stage, or from the last stage back to the leader."""
+        stage, shard = self.coordinates.stage, self.coordinates.shard
+        if not self._part.last:
+            return self._links.outbox(self._activations_from(stage, shard))
+        if self._endpoint.rank == self._layout.leader:
             return LocalChannel()
-        source = self.coordinates.stage
-        return self._links.outbox(self._channel(source, (source + 1) % self._plan.stages))
+        return self._links.outbox(self._samples_of(shard))
 
-    def _inbox_from(self, stage: int) -> MpiInbox:
-        return self._links.inbox(self._channel(stage, self.coordinates.stage))
+    def _activations(self) -> Inbox:
+        return self._links.inbox(self._activations_from(self.coordinates.stage - 1, self.coordinates.shard))
 
-    def _channel(self, source: int, destination: int) -> ChannelPlan:
-        """The link between two stages of this replica, from the last to the first for samples. Same on both ends."""
-        plan = self._plan
-        back = destination == 0
-        rows, width = (self._samples, self._samples_width) if back else (self._step_tokens, self._hidden_size)
-        dtype = torch.float32 if back else self._dtype
+    def _activations_from(self, stage: int, shard: int) -> ChannelPlan:
+        """From a shard of a stage to that of the next: all shards have the same ones."""
+        ends = self._layout.rank(stage, shard), self._layout.rank(stage + 1, shard)
+        return self._channel(*ends, _ACTIVATIONS_TAG, self._step_tokens * self._hidden_size * self._dtype.itemsize)
+
+    def _steps(self, shard: int) -> ChannelPlan:
+        """From the leader to another shard of the first stage: token ids."""
+        ends = self._layout.leader, self._layout.rank(0, shard)
+        return self._channel(*ends, _STEPS_TAG, self._step_tokens * torch.int64.itemsize)
+
+    def _samples_of(self, shard: int) -> ChannelPlan:
+        """From a shard of the last stage back to the leader: its share, the first one's with hidden states."""
+        last = self._layout.stages - 1
+        width = self._kind.width(len(self._share(last, shard))) + (self._final_size if shard == 0 else 0)
+        ends = self._layout.rank(last, shard), self._layout.leader
+        return self._channel(*ends, _SAMPLES_TAG, self._samples * width * torch.float32.itemsize)
+
+    def _channel(self, source: int, destination: int, tag: int, payload_bytes: int) -> ChannelPlan:
+        """A link between two ranks of this replica. Same on both ends."""
+        layout = self._layout
         return ChannelPlan(
-            source=plan.grid.rank(self.coordinates.replica, source),
-            destination=plan.grid.rank(self.coordinates.replica, destination),
-            tag=_SAMPLES_TAG if back else _ACTIVATIONS_TAG,
-            header_words=header_words(plan.in_flight * plan.micro_batch, plan.micro_batch, self._targets),
+            source=source,
+            destination=destination,
+            tag=tag,
+            header_words=header_words(layout.in_flight * layout.micro_batch, layout.micro_batch, self._targets),
             values=1,
             dimensions=2,
-            payload_bytes=padded(rows * width * dtype.itemsize),
-            depth=plan.in_flight + 1,  # every group, and the end of the stream
+            payload_bytes=padded(payload_bytes),
+            depth=layout.in_flight + 1,  # every group, and the end of the stream
         )

@@ -37,13 +37,15 @@ class Finish:
         self._task, self._readout, self._final_size, self._account = task, readout, final_size, account
 
     def results(self, message: Message, sequences: Many[Sequence]) -> list[Any]:
-        """Of a message that came back from the last stage, one for every sample; `sequences`: of every sample."""
+        """Of what came back from the last stage, one for every sample; `sequences`: of every sample. The first value is
+        final hidden states with a share, if any; others are the shares of its other shards."""
         if not sequences:
             return []
         with self._account.phase("compute"), torch.inference_mode():
-            hidden, share = message.payload[:, : self._final_size], message.payload[:, self._final_size :]
+            first, *others = (value for value in message.values if isinstance(value, torch.Tensor))
+            hidden, share = first[:, : self._final_size], first[:, self._final_size :]
             own = self._readout.reduce(hidden, decode_header(message.header).targets)
-            shares = [share, own] if share.shape[1] else [own]
+            shares = [found for found in (share, *others, own) if found.shape[1]]
             return self._task.results(hidden, shares, sequences)
 
 

@@ -73,6 +73,7 @@ class Sequence:
     results: list[Any] = field(default_factory=list)  # one for every sample
     finish_reason: str = ""
     finished: bool = False
+    dropped: bool = False  # not wanted any more: leaves at its group's next step
     slot: int = -1
     computed: int = 0  # tokens whose keys and values are in the cache, once the current step is through
 
@@ -128,9 +129,19 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         insort(self._waiting, sequence, key=lambda waiting: (len(waiting.prompt), -waiting.index, -waiting.number))
 
+    def drop(self, indices: Collection[int]) -> None:
+        """Forget the sequences of these records. Those in a step in flight go with it to its end."""
+        self._waiting = [sequence for sequence in self._waiting if sequence.index not in indices]
+        self._preempted = deque(sequence for sequence in self._preempted if sequence.index not in indices)
+        for group in self._groups:
+            for sequence in group.live:
+                sequence.dropped |= sequence.index in indices
+
     def next_step(self, group_index: int) -> Step | None:
         """The next step of a group that has none in flight, or None when it has nothing to do."""
         group = self._groups[group_index]
+        for sequence in [sequence for sequence in group.live if sequence.dropped]:
+            self._leave(group, sequence)
         self._preempt(group)
         self._admit(group)
         if not group.live:

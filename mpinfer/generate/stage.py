@@ -44,10 +44,13 @@ def decode_header(header: np.ndarray) -> Header:
 
 
 class DecodeStage:
-    """Keeps no books: all that a step needs travels in its header."""
+    """Keeps no books: all that a step needs travels in its header.
 
-    def __init__(self, part: DecoderPart, cache: KVCache, readout: Readout) -> None:
-        self._part, self._cache, self._readout = part, cache, readout
+    `with_hidden`: a last stage sends final hidden states along with what it reads out of them.
+    """
+
+    def __init__(self, part: DecoderPart, cache: KVCache, readout: Readout, with_hidden: bool = True) -> None:
+        self._part, self._cache, self._readout, self._with_hidden = part, cache, readout, with_hidden
 
     def forward(self, message: Message) -> Message:
         """Token ids [tokens, 1] or activations [tokens, hidden] in, activations out; of the last stage what it reads
@@ -61,4 +64,5 @@ class DecodeStage:
         if not self._part.last:
             return Message(message.header, (y,))
         samples = y[step.samples]
-        return Message(message.header, (torch.cat([samples.float(), self._readout.reduce(samples, targets)], dim=1),))
+        found = self._readout.reduce(samples, targets)
+        return Message(message.header, (torch.cat([samples.float(), found], dim=1) if self._with_hidden else found,))

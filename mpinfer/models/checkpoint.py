@@ -6,7 +6,9 @@ Needs no torch, so that a mistyped path, a missing shard or a truncated file is 
 import json
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,17 +28,27 @@ class StoredTensor:
     dtype: str  # safetensors' name, "F32" say
     offset: int  # of the first byte, in the file
     size_bytes: int
+    stride_bytes: int = 0  # from row to row, where other bytes lie between them
 
-    def rows(self, rows: range) -> "StoredTensor":
-        """The part that holds rows [start, stop) of the first dimension."""
+    def part(self, axis: int, part: range) -> "StoredTensor":
+        """Rows (axis 0), or columns (axis 1) of a matrix, [start, stop)."""
+        item_bytes = self.size_bytes // prod(self.shape)
+        row_bytes = item_bytes * prod(self.shape[1:])
+        if axis == 0:
+            shape, skipped_bytes, stride_bytes = (len(part), *self.shape[1:]), part.start * row_bytes, 0
+        else:
+            shape, skipped_bytes, stride_bytes = (self.shape[0], len(part)), part.start * item_bytes, row_bytes
+        size_bytes = prod(shape) * item_bytes
+        return StoredTensor(self.file, shape, self.dtype, self.offset + skipped_bytes, size_bytes, stride_bytes)
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """(offset in the file, bytes) of everything that lies in one piece, in order."""
+        if not self.stride_bytes:
+            yield self.offset, self.size_bytes
+            return
         row_bytes = self.size_bytes // self.shape[0]
-        return StoredTensor(
-            self.file,
-            (len(rows), *self.shape[1:]),
-            self.dtype,
-            self.offset + rows.start * row_bytes,
-            len(rows) * row_bytes,
-        )
+        for row in range(self.shape[0]):
+            yield self.offset + row * self.stride_bytes, row_bytes
 
 
 class Checkpoint:

@@ -7,8 +7,10 @@ comes from the model's own pipeline plan.
 """
 
 import contextlib
+import functools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,18 @@ from mpinfer.models.checkpoint import Checkpoint
 from mpinfer.models.fused import FusedLinear, FusedMember, concatenated, find_group
 from mpinfer.models.linear import LayerTuner, packed_bytes
 from mpinfer.models.meta import parameters_on_meta
-from mpinfer.models.sources import Source, computed_buffers, find_sources
-from mpinfer.models.weights import check_shape
+from mpinfer.models.sources import Slice, computed_buffers, find_sources
+from mpinfer.models.tensor_parallel import (
+    LayerSplit,
+    NotShardable,
+    RowParallel,
+    Shard,
+    VocabularyParallelEmbedding,
+    cut_embedding,
+    cut_layer,
+    plan_layer,
+    row_parallel,
+)
 from mpinfer.plan.block import Block, ModelSummary, vocabulary_share
 
 # Pipeline plans of families for which transformers has none: modules of the base model before its layers, the
@@ -66,8 +78,10 @@ class DecoderSkeleton:
             flops = 2.0 * sum(p.numel() for p in layer.parameters() if p.dim() > 1)
             layers.append(Block(f"layer.{index}", self._weights(layer), flops, 0.0, self._kv_bytes_per_token()))
         first = Block("embed", embedding, 0.0, 0.0)
+        most_shards, problem = self._most_shards()
+        summary = functools.partial(ModelSummary, most_shards=most_shards, shards_problem=problem)
         if not with_head:
-            return ModelSummary((first, *layers, Block("head", final, 0.0, 0.0)))
+            return summary((first, *layers, Block("head", final, 0.0, 0.0)))
         module = self.model.get_output_embeddings()
         head, flops = self._weights(module), 2.0 * module.weight.numel()
         whole = Block("head", tuple(dict(final + head).items()), 0.0, flops)
@@ -78,7 +92,20 @@ class DecoderSkeleton:
 
         shares = [vocabulary_share(self.vocabulary, stage, stages=2) for stage in range(2)]
         ends = with_share(first, shares[0]), with_share(Block("head", final, 0.0, 0.0), shares[1])
-        return ModelSummary((first, *layers, whole), ends)
+        return summary((first, *layers, whole), ends)
+
+    def _most_shards(self) -> tuple[int, str]:
+        """How many ranks can hold a stage together, and why not more."""
+        try:
+            plans = self._layer_plans(range(len(self.layers)))
+        except NotShardable as problem:
+            return 1, str(problem)
+        most = min(min(plan.kv_heads, plan.columns) for plan in plans)
+        return most, f"it has {most} KV heads" if most > 1 else "it has a single KV head"
+
+    def _layer_plans(self, layers: range) -> list[LayerSplit]:
+        """How layers are divided over shards; raises `NotShardable`."""
+        return [plan_layer(self.layers[index], self._layers_name, self.config) for index in layers]
 
     def _kv_bytes_per_token(self) -> int:
         """Of one layer's keys and values."""
@@ -106,14 +133,22 @@ class DecoderSkeleton:
         return self.base.get_submodule(self._layers_name)
 
     def load_part(
-        self, start: int, stop: int, device: str, rows: int, on_layer: Callable[[], None], vocabulary: range
+        self,
+        start: int,
+        stop: int,
+        device: str,
+        rows: int,
+        on_layer: Callable[[], None],
+        vocabulary: range,
+        shard: Shard | None = None,
     ) -> "DecoderPart":
         """Keep blocks [start, stop), fill them from the checkpoint and return them ready to run.
 
         The skeleton is used up: what other ranks hold is dropped from it. `rows` is the typical number of
         tokens in a step, for which linear layers are tuned. `on_layer` is called before each layer (the
         transport makes progress there). `vocabulary` is the part's share of the output embedding, whatever its
-        blocks: head is only the final norm here.
+        blocks: head is only the final norm here. `shard`: the part is held by several ranks together. Raises
+        `ModelError`.
         """
         head = len(self.layers) + 1
         first, last = start == 0, stop == head + 1
@@ -123,9 +158,12 @@ class DecoderSkeleton:
         entry = None if first else _Entry(own_layers[0] if own_layers else self.base.get_submodule(self._after[0]))
         body = self.base.get_submodule(self._layers_name.rpartition(".")[0])
         self._drop_others(start, stop)
+        joints = {} if shard is None else self._keep_shard(start, stop, shard)
         self._keep_vocabulary(vocabulary)
         tuner = LayerTuner(rows, self._quantize)
         read_bytes = self._fill(device, tuner)
+        for path, join in joints.items():  # around what the tuner made of them
+            self.model.set_submodule(path, join(self.model.get_submodule(path)))
         self.model.to(device)  # the buffers that are computed, not loaded
         shortcut = _Shortcut(body)
         return DecoderPart(
@@ -134,14 +172,14 @@ class DecoderSkeleton:
 
     def _fill(self, device: str, tuner: LayerTuner) -> int:
         """Load and tune one module after the other, so that no two are in memory in both forms; bytes read."""
-        uses = Counter(tuple(self._sources[name].names) for name, _ in _named_tensors(self.model))
-        shared: dict[tuple[str, ...], torch.Tensor] = {}  # by stored names: tied tensors of a part share memory
+        uses = Counter(self._sources[name].key for name, _ in _named_tensors(self.model))
+        shared: dict[Hashable, torch.Tensor] = {}  # by what is stored: tied tensors of a part share memory
         read_bytes = 0
         for path in [path for path, _ in self.model.named_modules()]:  # names only: a list would keep what is replaced
             module = self.model.get_submodule(path)
             for leaf, tensor in list(_named_tensors(module, recurse=False)):
                 source = self._sources[f"{path}.{leaf}".lstrip(".")]
-                key = tuple(source.names)
+                key = source.key
                 filled = shared.get(key)
                 if filled is None:
                     filled = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
@@ -154,7 +192,7 @@ class DecoderSkeleton:
             self._tune(path, tuner)
             if self.model.get_submodule(path) is not module:  # what is replaced is not kept for a tied module
                 for leaf, _ in _named_tensors(module, recurse=False):
-                    shared.pop(tuple(self._sources[f"{path}.{leaf}".lstrip(".")].names), None)
+                    shared.pop(self._sources[f"{path}.{leaf}".lstrip(".")].key, None)
         return read_bytes
 
     def _tune(self, path: str, tuner: LayerTuner) -> None:
@@ -199,11 +237,33 @@ class DecoderSkeleton:
         share = nn.Linear(whole.in_features, len(vocabulary), whole.bias is not None, "meta", self.dtype)
         self.model.set_output_embeddings(share)
         for leaf, tensor in whole.named_parameters():
-            (stored,) = self._sources[f"{path}.{leaf}"].names
-            check_shape(self.checkpoint.tensors[stored], stored, tensor)
-            name = f"{stored}[{vocabulary.start}:{vocabulary.stop}]"
-            self.checkpoint.tensors[name] = self.checkpoint.tensors[stored].rows(vocabulary)
-            self._sources[f"{path}.{leaf}"] = Source({"": [name]})
+            self._keep_slice(f"{path}.{leaf}", Slice(0, (vocabulary,), tuple(tensor.shape)))
+
+    def _keep_shard(self, start: int, stop: int, shard: Shard) -> dict[str, Callable[[nn.Module], nn.Module]]:
+        """Leave only a shard's part of the layers and the input embedding; returns what to put around modules, by
+        path, once they are filled."""
+        paths = {module: path for path, module in self.model.named_modules()}
+        joints: dict[str, Callable[[nn.Module], nn.Module]] = {}
+        own = range(max(start, 1) - 1, min(stop, len(self.layers) + 1) - 1)
+        try:
+            plans = self._layer_plans(own)
+        except NotShardable as problem:
+            raise ModelError(f"{self.directory}: cannot be sharded ({problem}); use parallel.shards=1") from None
+        for layer, plan in zip((self.layers[index] for index in own), plans, strict=True):
+            for name, part in cut_layer(layer, plan, shard).items():
+                self._keep_slice(f"{paths[layer]}.{name}", part)
+            for name in row_parallel(plan):
+                joints[f"{paths[layer]}.{name}"] = functools.partial(RowParallel, reduce=shard.reduce)
+        if start == 0:
+            embedding = self.model.get_input_embeddings()
+            part = cut_embedding(embedding, shard)
+            self._keep_slice(f"{paths[embedding]}.weight", part)
+            (entries,) = part.ranges
+            joints[paths[embedding]] = functools.partial(VocabularyParallelEmbedding, own=entries, reduce=shard.reduce)
+        return joints
+
+    def _keep_slice(self, name: str, part: Slice) -> None:
+        self._sources[name] = replace(self._sources[name], part=part)
 
     def _weights(self, module: nn.Module) -> tuple[tuple[str, int], ...]:
         """(name, bytes held) of a module's tensors; tied ones have one name, whichever module they are seen from."""

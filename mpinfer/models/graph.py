@@ -17,15 +17,17 @@ from mpinfer.models.build import Built, build
 from mpinfer.models.convolution import PackedConvolution, can_pack, find_groups
 from mpinfer.models.cut import Cutter, concrete, size_bytes
 from mpinfer.models.linear import LayerTuner, packed_bytes
-from mpinfer.models.profile import estimated_cost, operation_seconds
+from mpinfer.models.profile import estimated_cost, operation_seconds, probe
 from mpinfer.models.program import InputShape, Program, bind_inputs, named_outputs
 from mpinfer.plan.block import Block, ModelSummary
+from mpinfer.plan.cost import ZERO, Curve, Rates
 from mpinfer.plugins import one_line
 from mpinfer.spec import AUTO, JobSpec
 
 MICRO_BATCH = 8  # records, unless a quarter or four times as many compute faster
 _VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 _LINEAR = torch.ops.aten.linear.default
+_UNKNOWN_S = 1e-3  # of a record, until a model that cannot be traced is loaded and timed
 _NEAR, _SAME = 0.04, 0.005  # of the program's cost: a cut gives way to one so near that carries half; to any so near
 
 
@@ -38,6 +40,7 @@ class GraphSkeleton:
     def __init__(self, spec: JobSpec, shapes: Mapping[str, InputShape]) -> None:
         self._spec, self._shapes = spec, shapes
         self._built: Built = build(spec, shapes)
+        self._profiles: dict[int, list[float]] = {}  # by batch: seconds of each operation, once they are timed
         self.problem = self._built.problem  # why it cannot be cut; "" if it can
         if self._built.program is not None:
             self._cutter = Cutter(self._built.program)
@@ -61,7 +64,8 @@ class GraphSkeleton:
             assert self._built.model is not None
             weights = tuple((name, tensor.nbytes) for name, tensor in self._built.model.state_dict().items())
             return ModelSummary((Block("whole", weights, 1.0, 0.0),), micro_batch=MICRO_BATCH, problem=self.problem)
-        batch, seconds = self._fastest_batch()
+        batch = self._fastest_batch()
+        seconds = self._profiles[batch]
         blocks = []
         for number, (start, stop) in enumerate(pairwise(self._boundaries)):
             nodes = self._cutter.weights(start, stop)
@@ -70,26 +74,53 @@ class GraphSkeleton:
             name = names[0].rpartition(".")[0] if names else f"block.{number}"
             weights = tuple(zip(names, sizes, strict=True))
             blocks.append(Block(name, weights, sum(seconds[start:stop]) / batch, 0.0))
-        return ModelSummary(tuple(blocks), micro_batch=batch, micro_batch_is_fixed=self.fixed_batch is not None)
+        return ModelSummary(
+            tuple(blocks),
+            micro_batch=batch,
+            micro_batch_is_fixed=self.fixed_batch is not None,
+            shards_problem="only decoders are divided into shards",
+            row_bytes=self.row_bytes,
+        )
 
-    def _fastest_batch(self) -> tuple[int, list[float]]:
-        """The batch that a record takes least time in, unless it is given, and the seconds of each operation for it."""
-        assert self._built.program is not None
-        graph, operations = self._built.program.graph, self._cutter.operations
+    @property
+    def row_bytes(self) -> float:
+        """Of what crosses between blocks for a record, in the mean."""
+        inner = range(1, len(self._boundaries) - 1) if self._built.program is not None else ()
+        return sum(sum(self.capacity(block, MICRO_BATCH)[1]) for block in inner) / MICRO_BATCH / max(1, len(inner))
 
-        def measure(batch: int) -> tuple[float, int, list[float]]:
-            seconds = operation_seconds(graph, operations, self._symbols(batch))
-            return sum(seconds) / batch, batch, seconds
-
+    def _fastest_batch(self) -> int:
+        """The batch that a record takes least time in, unless it is given."""
         asked = self._spec.parallel.micro_batch
         given = self.fixed_batch or (None if asked == AUTO else asked)
-        best = measure(given or MICRO_BATCH)
-        if given is None:
-            smaller, larger = MICRO_BATCH // 4, MICRO_BATCH * 4
-            # Images of a few records may fit a cache where those of more do not; small layers want many records.
-            best = min(best, measure(smaller))
-            best = best if best[1] == smaller else min(best, measure(larger))
-        return best[1], best[2]
+        if given is not None:
+            self._record_s(given)
+            return given
+        # Images of a few records may fit a cache where those of more do not; small layers want many records.
+        smaller, larger = MICRO_BATCH // 4, MICRO_BATCH * 4
+        best = min((MICRO_BATCH, smaller), key=self._record_s)
+        return best if best == smaller else min((best, larger), key=self._record_s)
+
+    def _record_s(self, batch: int) -> float:
+        """Seconds of a record in such a batch, by timing each operation for it."""
+        assert self._built.program is not None
+        if batch not in self._profiles:
+            graph, operations = self._built.program.graph, self._cutter.operations
+            self._profiles[batch] = operation_seconds(graph, operations, self._symbols(batch))
+        return sum(self._profiles[batch]) / batch
+
+    def rates(self) -> Rates:
+        """Seconds for each unit of the blocks' costs, of a model that `summary` has timed."""
+        if self._built.program is None:
+            return Rates(Curve((1.0,), (_UNKNOWN_S,)), ZERO, ZERO)
+        unit = self._record_s(self._fastest_batch())
+        sizes = sorted(self._profiles)
+        return Rates(Curve(tuple(map(float, sizes)), tuple(n * self._record_s(n) / unit for n in sizes)), ZERO, ZERO)
+
+    def probe(self) -> tuple[float, float]:
+        """Seconds of a fixed piece of the model's work on this rank, at best and in the mean."""
+        if self._built.program is None:
+            return 1.0, 1.0
+        return probe(self._cutter.operations, self._symbols(self.fixed_batch or MICRO_BATCH))
 
     def capacity(self, block: int, batch: int) -> tuple[int, list[int]]:
         """Of a message that crosses into a block: the sum of its values' dimensions, and the most bytes of each."""

@@ -5,6 +5,7 @@ FLOPs say little where memory is what takes the time (depthwise convolutions, no
 
 import time
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from mpinfer.models.cut import concrete, size_bytes
 
 _REPEATS = 2
 _BUDGET_S = 2.0  # for all operations; what is not timed is estimated from the rate of the others
+_PROBED, _PROBE_S = 5, 0.25  # operations of a probe, and how long it lasts
 _FLOPS_PER_BYTE = 8.0  # what a byte costs in the estimate
 
 
@@ -42,6 +44,30 @@ def operation_seconds(graph: fx.Graph, operations: Sequence[fx.Node], symbols: M
     timed = [(cost, s) for cost, s in zip(estimates, seconds, strict=True) if s is not None]
     rate = sum(s for _, s in timed) / max(1.0, sum(cost for cost, _ in timed))
     return [rate * cost if s is None else s for cost, s in zip(estimates, seconds, strict=True)]
+
+
+@torch.inference_mode()
+def probe(operations: Sequence[fx.Node], symbols: Mapping[Any, int]) -> tuple[float, float]:
+    """Seconds of the few costliest operations together: at best, and in the mean of steady work.
+
+    The first tells ranks' speeds apart; the second also shows a rank that is made to pause.
+    """
+    costliest = sorted(operations, key=lambda node: estimated_cost(node, symbols), reverse=True)
+    rounds: list[float] = []
+    until = time.perf_counter() + _PROBE_S
+    while not rounds or time.perf_counter() < until:
+        times = []
+        for node in costliest[:_PROBED]:
+            arguments = pytree.tree_map_only(fx.Node, lambda n: n.meta["val"], (node.args, node.kwargs))
+            args, kwargs = pytree.tree_map(lambda value: _stand_in(value, symbols), arguments)
+            started = time.perf_counter()
+            try:
+                node.target(*args, **kwargs)  # type: ignore[operator]
+            except (RuntimeError, IndexError, ValueError, TypeError):
+                continue  # what cannot be computed from such numbers
+            times.append(time.perf_counter() - started)
+        rounds.append(sum(times))
+    return min(rounds[1:] or rounds), fmean(rounds[1:] or rounds)
 
 
 def estimated_cost(node: fx.Node, symbols: Mapping[Any, int]) -> float:

@@ -6,7 +6,7 @@ time, so that a rank reads only the pieces of its own tensors.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,24 +14,48 @@ import torch
 
 from mpinfer.errors import ModelError
 from mpinfer.models.checkpoint import Checkpoint
-from mpinfer.models.weights import read_into
+from mpinfer.models.weights import check_shape, read_into, read_stored
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A part of a tensor: rows (axis 0) or columns (axis 1), ranges of them side by side."""
+
+    axis: int
+    ranges: tuple[range, ...]
+    whole: tuple[int, ...]  # the shape of the tensor that it is a part of
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = list(self.whole)
+        shape[self.axis] = sum(map(len, self.ranges))
+        return tuple(shape)
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.cat([tensor.narrow(self.axis, part.start, len(part)) for part in self.ranges], self.axis)
 
 
 @dataclass(frozen=True)
 class Source:
-    """The stored tensors that make up one tensor, by the pattern that matched them."""
+    """The stored tensors that make up one tensor, by the pattern that matched them, or a part of it."""
 
     pieces: dict[str, list[str]]
     converter: Any = None  # None: a single piece, taken as it is
+    part: Slice | None = None
 
     @property
     def names(self) -> list[str]:
         return [name for names in self.pieces.values() for name in names]
 
+    @property
+    def key(self) -> Hashable:
+        """Equal for tensors that are the same, tied ones say."""
+        return tuple(self.names), self.part
+
     def load(self, checkpoint: Checkpoint, target: torch.Tensor) -> int:
         """Fill `target`; returns the bytes read. Raises `ModelError`."""
         if self.converter is None:
-            return read_into(checkpoint, self.names[0], target)
+            return self._read(checkpoint, self.names[0], target)
         pieces: dict[str, Any] = {}
         for pattern, names in self.pieces.items():
             pieces[pattern] = [torch.empty(checkpoint.tensors[name].shape, dtype=target.dtype) for name in names]
@@ -47,12 +71,24 @@ class Source:
             )
         (value,) = pieces.values()
         value = value[0] if isinstance(value, list) else value
-        if value.shape != target.shape:
+        shape = target.shape if self.part is None else self.part.whole
+        if tuple(value.shape) != tuple(shape):
             raise ModelError(
                 f"{checkpoint.directory}: {len(self.names)} tensors such as {self.names[0]!r} make one of shape "
-                f"{list(value.shape)}, config.json asks for {list(target.shape)}; check that they are of the same model"
+                f"{list(value.shape)}, config.json asks for {list(shape)}; check that they are of the same model"
             )
-        target.data.copy_(value)
+        target.data.copy_(value if self.part is None else self.part.of(value))
+        return read_bytes
+
+    def _read(self, checkpoint: Checkpoint, name: str, target: torch.Tensor) -> int:
+        if self.part is None:
+            return read_into(checkpoint, name, target)
+        stored, axis = checkpoint.tensors[name], self.part.axis
+        check_shape(stored, name, self.part.whole)
+        read_bytes = done = 0
+        for part in self.part.ranges:
+            read_bytes += read_stored(stored.part(axis, part), name, target.narrow(axis, done, len(part)))
+            done += len(part)
         return read_bytes
 
 
@@ -69,9 +105,10 @@ def find_sources(model: Any, names: Iterable[str], checkpoint: Checkpoint) -> di
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    own = model.state_dict()
     for stored in sorted(checkpoint.tensors, key=dot_natural_key):
         # A name that the model has is taken at its word: only others are of an older layout.
-        name, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, model.state_dict())
+        name, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, own)
         found[name][pattern or ""].append(stored)
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
     sources: dict[str, Source] = {}

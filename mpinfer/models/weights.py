@@ -1,5 +1,6 @@
 """Read one stored tensor into memory, and nothing else."""
 
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -21,12 +22,12 @@ _DTYPES = {
 }
 
 
-def check_shape(stored: StoredTensor, name: str, target: torch.Tensor) -> None:
+def check_shape(stored: StoredTensor, name: str, shape: Sequence[int]) -> None:
     """Raises `ModelError` when a stored tensor is not of the shape that the model asks for."""
-    if stored.shape != tuple(target.shape):
+    if stored.shape != tuple(shape):
         raise ModelError(
             f"{stored.file}: tensor {name!r} has shape {list(stored.shape)}, config.json asks for "
-            f"{list(target.shape)}; check that they are of the same model"
+            f"{list(shape)}; check that they are of the same model"
         )
 
 
@@ -38,21 +39,28 @@ def read_into(checkpoint: Checkpoint, name: str, target: torch.Tensor) -> int:
     shape disagrees with the architecture or the file ends early.
     """
     stored = checkpoint.tensors[name]
-    check_shape(stored, name, target)
+    check_shape(stored, name, target.shape)
+    return read_stored(stored, name, target)
+
+
+def read_stored(stored: StoredTensor, name: str, target: torch.Tensor) -> int:
+    """The same for a part of a stored tensor, of the shape of `target`: what lies between its rows is not read."""
     dtype = _DTYPES.get(stored.dtype)
     if dtype is None or stored.size_bytes != prod(stored.shape) * dtype.itemsize:
         raise ModelError(f"{stored.file}: tensor {name!r} of dtype {stored.dtype} cannot be read; convert the model")
-    direct = target.dtype == dtype and target.device.type == "cpu"
+    direct = target.dtype == dtype and target.device.type == "cpu" and target.is_contiguous()
     buffer = target.data if direct else torch.empty(stored.shape, dtype=dtype)
     view = memoryview(buffer.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     with open(stored.file, "rb", buffering=0) as stream:
-        stream.seek(stored.offset)
         done = 0
-        while done < stored.size_bytes:
-            count = stream.readinto(view[done:])
-            if not count:
-                raise ModelError(f"{stored.file}: ended inside tensor {name!r}; fetch or convert the model again")
-            done += count
+        for offset, size_bytes in stored.runs():
+            stream.seek(offset)
+            end = done + size_bytes
+            while done < end:
+                count = stream.readinto(view[done:end])
+                if not count:
+                    raise ModelError(f"{stored.file}: ended inside tensor {name!r}; fetch or convert the model again")
+                done += count
     if not direct:
         target.data.copy_(buffer)
     return stored.size_bytes

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mpinfer.observe.account import PHASES
-from mpinfer.plan.planner import Plan
+from mpinfer.plan.layout import Plan
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,8 @@ class Before:
 
     start_s: float  # from the start of the process to the plan: imports, MPI, reading the job, the model's shape
     load_s: float  # reading the weights and building channels, until the last rank was done
-    predicted_wall_s: float
+    planned_wall_s: float  # as predicted when the layout was chosen, of all records
+    predicted_wall_s: float  # from steps timed on the loaded stages, of the records that are left
 
 
 def timing(plan: Plan, records: int, wall_s: float, before: Before, accounts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -37,14 +38,7 @@ def timing(plan: Plan, records: int, wall_s: float, before: Before, accounts: li
     return {
         "wall_s": wall_s,
         **asdict(before),
-        "plan": {
-            "replicas": plan.replicas,
-            "stages": plan.stages,
-            "shards": plan.shards,
-            "cuts": list(plan.cuts),
-            "micro_batch": plan.micro_batch,
-            "in_flight": plan.in_flight,
-        },
+        "plan": plan.summary(),
         "records": records,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,

@@ -1,12 +1,13 @@
-"""The channels of one rank, and what went over them."""
+"""The channels of one rank, several of them taken as one, and what went over them."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 from mpinfer.observe.account import Account
 from mpinfer.transport.channel import MpiInbox, MpiOutbox
 from mpinfer.transport.endpoint import Endpoint
-from mpinfer.transport.message import ChannelPlan
+from mpinfer.transport.message import END, ChannelPlan, Inbox, Message, Outbox
 
 
 class Links:
@@ -18,11 +19,11 @@ class Links:
         self._outboxes: list[MpiOutbox] = []
 
     def inbox(self, plan: ChannelPlan) -> MpiInbox:
-        self._inboxes.append(MpiInbox(self._endpoint, plan, self._waiting))
+        self._inboxes.append(MpiInbox(self._endpoint, plan, self.waiting))
         return self._inboxes[-1]
 
     def outbox(self, plan: ChannelPlan) -> MpiOutbox:
-        self._outboxes.append(MpiOutbox(self._endpoint, plan, self._waiting, self._blocking))
+        self._outboxes.append(MpiOutbox(self._endpoint, plan, self.waiting, self._blocking))
         return self._outboxes[-1]
 
     def figures(self) -> dict[str, Any]:
@@ -34,5 +35,41 @@ class Links:
             "bytes_received": sum(inbox.bytes_received for inbox in self._inboxes) + control_received,
         }
 
-    def _waiting(self, phase: Any) -> AbstractContextManager[None]:
+    def waiting(self, phase: Any) -> AbstractContextManager[None]:
+        """Counts what happens inside for a phase of the account."""
         return self._account.phase(phase)
+
+
+class Gathered:
+    """An inbox of several that tell of the same steps: a message has the values of all, and the first one's header."""
+
+    def __init__(self, inboxes: Sequence[Inbox]) -> None:
+        self._inboxes = inboxes
+
+    def take(self, micro_batch: int) -> Message:
+        messages = [inbox.take(micro_batch) for inbox in self._inboxes]
+        if messages[0].is_end:
+            return END
+        return Message(messages[0].header, tuple(value for message in messages for value in message.values))
+
+    def close(self) -> None:
+        for inbox in self._inboxes:
+            inbox.close()
+
+
+class Copied:
+    """An inbox of which others get a copy of every message as it is taken."""
+
+    def __init__(self, inbox: Inbox, copies: Sequence[Outbox]) -> None:
+        self._inbox, self._copies = inbox, copies
+
+    def take(self, micro_batch: int) -> Message:
+        message = self._inbox.take(micro_batch)
+        for copy in self._copies:
+            copy.start(micro_batch, message)
+        return message
+
+    def close(self) -> None:
+        self._inbox.close()
+        for copy in self._copies:
+            copy.drain()

@@ -1,7 +1,8 @@
 """What the planner knows of a model: an ordered list of blocks with their costs. Owns no tensors."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+
+from mpinfer.plan.shards import split
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,19 @@ class ModelSummary:
     micro_batch: int = 64  # most sequences or records in a group; decoders gain little from larger ones
     micro_batch_is_fixed: bool = False  # the model takes no larger ones
     problem: str = ""  # why the model cannot be cut, if it cannot
+    most_shards: int = 1
+    shards_problem: str = ""  # why not more
+    row_bytes: float = 0.0  # of the activations of a token or record between blocks
 
     @property
     def decodes(self) -> bool:
         """Whether sequences go round with a KV cache; else records pass once."""
         return any(block.kv_bytes_per_token for block in self.blocks)
 
-    def for_stages(self, stages: int) -> "ModelSummary":
-        """The blocks as a pipeline of so many stages holds them."""
-        if stages == 1 or self.ends is None:
+    def for_stages(self, stages: int, shards: int) -> "ModelSummary":
+        """The blocks as a pipeline of so many stages holds them. Shards of a last stage share the output embedding
+        among themselves."""
+        if stages == 1 or shards > 1 or self.ends is None:
             return replace(self, ends=None)
         return replace(self, blocks=(self.ends[0], *self.blocks[1:-1], self.ends[1]), ends=None)
 
@@ -57,34 +62,14 @@ class ModelSummary:
         return sum(block.kv_bytes_per_token for block in self.blocks[start:stop])
 
 
-def vocabulary_share(vocabulary: int, stage: int, stages: int) -> range:
-    """The tokens whose logits a stage computes: its ends share the vocabulary of a pipeline."""
+def vocabulary_share(vocabulary: int, stage: int, stages: int, shard: int = 0, shards: int = 1) -> range:
+    """The tokens whose logits a rank computes: the ends of a pipeline share the vocabulary, or the shards of its last
+    stage do."""
+    if shards > 1:
+        return split(vocabulary, [1] * shards)[shard] if stage == stages - 1 else range(0)
     half = vocabulary // 2
     if stages == 1:
         return range(vocabulary)
     if stage == stages - 1:
         return range(half)
     return range(half, vocabulary) if stage == 0 else range(0)
-
-
-@dataclass(frozen=True)
-class Workload:
-    """How much there is to do, as far as it is known before the prompts are tokenized."""
-
-    records: int
-    prompt_tokens: float  # estimate, over all records
-    new_tokens: float  # upper bound, over all records
-    samples: float  # tokens whose logits are computed, over all records
-
-    def part(self, fraction: float) -> "Workload":
-        """A fraction of this workload's records."""
-        totals = (self.prompt_tokens, self.new_tokens, self.samples)
-        return Workload(round(self.records * fraction), *(total * fraction for total in totals))
-
-    def cost(self, block: Block) -> float:
-        """What this workload asks of a block."""
-        return block.cost_per_token * (self.prompt_tokens + self.new_tokens) + block.cost_per_sample * self.samples
-
-
-def costs(blocks: Sequence[Block], workload: Workload) -> list[float]:
-    return [workload.cost(block) for block in blocks]

@@ -8,9 +8,17 @@ COORDINATOR = 0
 
 # Kinds of control messages.
 WANT = "want"  # leader to coordinator: how many records it could take
-RECORDS = "records"  # the answer: records, and whether there will be more
+RECORDS = "records"  # the answer: records, and whether there may be more; without any but with more, it will come later
+DROP = "drop"  # coordinator to leader: indices of records that need not be computed any more
+COMPUTED = "computed"  # to the coordinator, from a last stage: indices of records whose results will follow
 RESULTS = "results"  # to the coordinator, from the first or the last stage of a replica
 ACCOUNT = "account"  # every rank to the coordinator, at its end
+
+
+class Progressive(Protocol):
+    """Something to be called at progress points."""
+
+    def complete_finished(self) -> None: ...
 
 
 class Control(Protocol):
@@ -22,5 +30,7 @@ class Control(Protocol):
     def send(self, destination: int, kind: str, body: Any) -> None: ...
 
     def on(self, kind: str, handler: Callable[[int, Any], None]) -> None: ...
+
+    def attach(self, channel: Progressive) -> None: ...
 
     def wait_until(self, done: Callable[[], bool]) -> None: ...

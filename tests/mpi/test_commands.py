@@ -37,7 +37,8 @@ def test_plan_shows_stages(one_mpi: Mpi, tiny: Tiny) -> None:
     plan = mpirun(one_mpi, None, ["mpinfer", "plan", tiny.job, *options])
     assert plan.returncode == 0, plan.stderr
     assert "2 replicas x 3 stages x 1 shards = 6 ranks" in plan.stdout
-    stages = re.findall(r"^ +(\d+) +(\S.*?) +[0-9.]+ MB", plan.stdout, re.MULTILINE)
+    table = plan.stdout.partition("  layout ")[0]
+    stages = re.findall(r"^ +(\d+) +(\S.*?) +[0-9.]+ MB", table, re.MULTILINE)
     assert [number for number, _ in stages] == ["0", "1", "2"]
     assert stages[0][1].startswith("embed")
     assert stages[-1][1].endswith("head")

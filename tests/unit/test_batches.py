@@ -11,7 +11,7 @@ from mpinfer.errors import RecordError
 from mpinfer.forward.batches import BatchSource
 from mpinfer.forward.prepare_common import EqualShapes, Sample
 from mpinfer.observe.account import Account
-from mpinfer.transport.control import RECORDS, RESULTS, WANT
+from mpinfer.transport.control import DROP, RECORDS, RESULTS, WANT
 
 
 class Coordinator:
@@ -105,3 +105,43 @@ def test_a_batch_is_filled_up_with_its_last_record() -> None:
     assert [(len(indices), len(tensor)) for indices, tensor in found] == [(4, 4), (1, 2)]
     indices, tensor = found[-1]
     assert tensor[:, 0].tolist() == indices * 2
+
+
+class Reluctant(Coordinator):
+    """Gives all records, of which two are then done elsewhere; puts off the next question until all is `over`."""
+
+    over = False
+
+    def wait_until(self, done: Any) -> None:
+        for _ in range(100_000):
+            if self._wanted:
+                self._wanted.pop()
+                lines = [[i, f"r{i}", json.dumps(record)] for i, record in enumerate(self.records)]
+                self.handlers[RECORDS](0, {"records": lines[self.given :], "more": True})
+                self.given = len(lines)
+                self.handlers[DROP](0, [1, 3])
+            elif self.over:
+                self.handlers[RECORDS](0, {"records": [], "more": False})
+            if done():
+                return
+        raise AssertionError("waited for nothing")
+
+
+def test_a_source_that_is_put_off_goes_on_with_what_it_has_and_drops_what_is_done() -> None:
+    coordinator, preparer = Reluctant([{"x": [n]} for n in range(5)]), Lists()
+    source = BatchSource(
+        coordinator,
+        lambda line: preparer.sample(json.loads(line)),
+        preparer,
+        lambda sample: None,
+        lambda batch: [batch["x"]],
+        2,
+        lambda rows: rows,
+        Account(),
+    )
+    found = [source.take(0).header.tolist() for _ in range(2)]
+    assert sorted(index for indices in found for index in indices) == [0, 2, 4]
+    assert len(coordinator.asked) == 2  # the second question is still open
+    coordinator.over = True
+    assert source.take(0).is_end
+    source.close()

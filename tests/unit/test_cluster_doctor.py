@@ -1,10 +1,8 @@
-import os
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from mpinfer.cluster.doctor import RankFacts, doctor_report, local_memory_bytes, warnings
+from mpinfer.cluster.doctor import RankFacts, doctor_report, warnings
 
 GIB = 2**30
 
@@ -111,27 +109,3 @@ def test_one_rank_under_a_launcher() -> None:
     [warning] = warnings("Slurm srun", [facts(0)])
     assert warning.startswith("Slurm srun shows a world of one rank: ")
     assert warnings("none", [facts(0)]) == []
-
-
-@pytest.mark.parametrize(
-    ("groups", "files", "limit"),
-    [
-        ("0::/job/step\n", {"job/step/memory.max": "max", "job/memory.max": "1048576"}, 2**20),
-        ("0::/job\n", {"job/memory.max": "max"}, None),
-        ("4:memory:/job\n", {"memory/job/memory.limit_in_bytes": "2097152"}, 2**21),
-        ("4:memory:/\n", {"memory/memory.limit_in_bytes": "9223372036854771712"}, None),
-    ],
-)
-def test_local_memory(tmp_path: Path, groups: str, files: dict[str, str], limit: int | None) -> None:
-    (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/self/cgroup").write_text(groups)
-    for name, text in files.items():
-        path = tmp_path / "sys/fs/cgroup" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n")
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert local_memory_bytes(tmp_path) == (limit or total)
-
-
-def test_this_machine_has_memory() -> None:
-    assert local_memory_bytes() > 2**20

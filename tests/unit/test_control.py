@@ -16,9 +16,9 @@ from mpinfer.generate.tasks import Generate
 from mpinfer.generate.text import Text, stop_token_ids
 from mpinfer.observe.account import PHASES, Account
 from mpinfer.observe.report import Before, timing, timing_table
-from mpinfer.plan.planner import Plan
+from mpinfer.plan.layout import Plan, Replica
 from mpinfer.spec import GenerateSpec
-from mpinfer.transport.control import ACCOUNT, RECORDS, RESULTS, WANT
+from mpinfer.transport.control import ACCOUNT, DROP, RECORDS, RESULTS, WANT
 from mpinfer.transport.message import END, ChannelPlan, Message, SlotLayout
 
 
@@ -33,6 +33,9 @@ class Loopback:
 
     def on(self, kind, handler):
         self._handlers[kind] = handler
+
+    def attach(self, channel):
+        """Nobody waits long here."""
 
     def send(self, destination, kind, body):
         self.sent.append((destination, kind, body))
@@ -133,19 +136,19 @@ def test_every_second_belongs_to_one_phase():
 
 def test_records_are_handed_out_once_and_by_even_shares_of_cost():
     control = Loopback(size=2)
-    Coordinator(control, Lines(6), [10, 10, 10, 30, 30, 30], range(6), replicas=2, keep=lambda result: None)
+    Coordinator(control, Lines(6), [10, 10, 10, 30, 30, 30], range(6), {0: 1, 1: 1}, keep=lambda result: None)
     taken = {0: [], 1: []}
     for leader in (1, 0, 1, 0):
         control.send(leader, WANT, 10)
         control.serve()
         taken[leader] += [index for index, _, _ in control.sent[-1][2]["records"]]
-    assert taken == {1: [0, 1, 2, 3], 0: [4, 5]}  # 60 of 120 each, whoever asks again
-    assert control.sent[-1][2] == {"records": [], "more": False}
+    assert taken == {1: [3, 4], 0: [5, 0, 1, 2]}  # 60 of 120 each, long ones first, whoever asks again
+    assert control.sent[-1][2] == {"records": [], "more": True}  # the answer is yet to come
 
 
 def test_few_long_records_are_shared_to_the_nearest_one():
     control = Loopback(size=2)
-    Coordinator(control, Lines(8), [100] * 4 + [101] * 4, range(8), replicas=2, keep=lambda result: None)
+    Coordinator(control, Lines(8), [100] * 4 + [101] * 4, range(8), {0: 1, 1: 1}, keep=lambda result: None)
     shares = []
     for leader in (0, 1):
         control.send(leader, WANT, 10)
@@ -156,7 +159,7 @@ def test_few_long_records_are_shared_to_the_nearest_one():
 
 def test_the_last_record_goes_to_whoever_is_idle():
     control = Loopback(size=3)
-    Coordinator(control, Lines(1), [100], range(1), replicas=3, keep=lambda result: None)
+    Coordinator(control, Lines(1), [100], range(1), {0: 1, 1: 1, 2: 1}, keep=lambda result: None)
     control.send(2, WANT, 10)
     control.serve()
     assert len(control.sent[-1][2]["records"]) == 1
@@ -164,7 +167,7 @@ def test_the_last_record_goes_to_whoever_is_idle():
 
 def test_a_replica_that_is_ahead_gets_more():
     control = Loopback(size=2)
-    Coordinator(control, Lines(8), [1] * 8, range(8), replicas=2, keep=lambda result: None)
+    Coordinator(control, Lines(8), [1] * 8, range(8), {0: 1, 1: 1}, keep=lambda result: None)
     for leader in (0, 1):
         control.send(leader, WANT, 2)
         control.serve()
@@ -176,12 +179,13 @@ def test_a_replica_that_is_ahead_gets_more():
 
 def test_the_coordinator_is_finished_when_results_and_accounts_are_in():
     control, kept = Loopback(size=1), []
-    coordinator = Coordinator(control, Lines(2), [5, 5], [1], replicas=1, keep=kept.append)
+    coordinator = Coordinator(control, Lines(2), [5, 5], [1], {0: 1}, keep=kept.append)
     control.send(0, WANT, 5)
     control.serve()
     assert not coordinator.finished
     control.send(0, RESULTS, [{"index": 1}])
     control.serve()
+    assert coordinator.complete
     assert not coordinator.finished
     control.send(0, ACCOUNT, {"rank": 0})
     control.serve()
@@ -232,6 +236,45 @@ def test_the_feed_keeps_the_scheduler_stocked_and_reports_bad_records():
     assert feed.tokens == {"prompt_tokens": 2, "new_tokens": 3}
 
 
+def test_the_feed_drops_what_another_replica_was_first_with():
+    control = Loopback()
+    feed = RecordFeed(control, Doubtful(), ahead=4, account=Account())
+    scheduler = Scheduler(1, 2, 8, 100, 100)
+    feed.refill(scheduler)
+    lines = [[index, "a", json.dumps({"token_ids": [index]})] for index in (0, 2, 4)]
+    control.send(0, RECORDS, {"records": lines, "more": True})
+    feed.wait()
+    feed.refill(scheduler)
+    scheduler.next_step(0)  # the two sequences of record 4, of prompts of equal length the last
+    at_work = scheduler.sampling(0)[0].index
+    waiting = next(index for index in (0, 2, 4) if index != at_work)
+    control.send(0, DROP, [at_work, waiting])
+    control.serve()
+    feed.refill(scheduler)
+    assert scheduler.unfinished == 4  # those at work end their step
+    feed.finish(scheduler.commit(0, [(1, None), (1, None)]))
+    scheduler.next_step(0)
+    (left,) = {sequence.index for sequence in scheduler.sampling(0)}
+    assert left not in (at_work, waiting)
+    assert scheduler.unfinished == 2
+    assert not [message for message in control.sent if message[1] == RESULTS]
+
+
+def test_a_feed_that_is_put_off_waits_and_does_not_ask_again():
+    control = Loopback()
+    feed = RecordFeed(control, Doubtful(), ahead=1, account=Account())
+    scheduler = Scheduler(1, 2, 8, 100, 100)
+    feed.refill(scheduler)
+    control.send(0, RECORDS, {"records": [], "more": True})
+    with pytest.raises(AssertionError):  # the loop-back serves its messages and finds the feed still waiting
+        feed.wait()
+    assert feed.refill(scheduler)
+    assert [message[1] for message in control.sent].count(WANT) == 1
+    control.send(0, RECORDS, {"records": [], "more": False})
+    feed.wait()
+    assert not feed.refill(scheduler)
+
+
 def test_prompts_without_a_tokenizer(tmp_path):
     task = Generate(Text(tmp_path, 10), GenerateSpec(), set(), max_length=4, needs_logits=False)
     (sequence,) = task.sequences(3, "x", '{"token_ids": [1, 9]}')
@@ -270,9 +313,11 @@ def account_of(rank, **seconds):
 
 
 def test_timing_adds_up():
-    plan = Plan(1, 2, 1, (0, 1, 2), 4, 2, 100, ())
+    plan = Plan((Replica((0, 1), 2, 1, (0, 1, 2), 4, 2, 100, 1.0),))
     accounts = [account_of(0, compute=6, receive_wait=2, overhead=2), account_of(1, compute=3, send_wait=1, idle=4)]
-    report = timing(plan, 5, 10.0, Before(1.0, 2.0, 9.0), accounts)
+    report = timing(plan, 5, 10.0, Before(1.0, 2.0, 8.0, 9.0), accounts)
+    assert (report["plan"]["replicas"], report["plan"]["stages"], report["plan"]["cuts"]) == (1, 2, (0, 1, 2))
+    assert report["plan"]["layouts"][0]["ranks"] == (0, 1)
     assert report["ranks"][1]["idle_s"] == 6.0  # it ended two seconds early
     assert report["bubble"] == pytest.approx((2 + 1 + 6) / 20)
     assert report["overlap"] == pytest.approx(1 - 1 / 2)

@@ -17,6 +17,7 @@ DOCUMENTS = [
     "README.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
+    "docs/cluster-file.md",
     "docs/design.md",
     "docs/job-file.md",
     "docs/openai-batch.md",

@@ -16,14 +16,15 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from mpinfer.engine import ENGINES
 from mpinfer.errors import InputError, ModelError, MpinferError, PlanError, RecordError, SpecError
 from mpinfer.forward.first import input_shapes
 from mpinfer.forward.prepare import make_preparer
 from mpinfer.forward.tasks import make_task
 from mpinfer.models.graph import GraphSkeleton
-from mpinfer.plan.planner import Plan, make_plan
-from mpinfer.preview import FirstLook, memory_limit, plan_job
+from mpinfer.plan.layout import Plan
+from mpinfer.plan.machine import Link, Machine, Seat
+from mpinfer.plan.planner import Choice
+from mpinfer.preview import FirstLook, plan_job, plan_on
 from mpinfer.records.loader import make_loader
 from mpinfer.spec import JobSpec, spec_from_dict
 
@@ -119,11 +120,14 @@ def skeleton_of(spec: JobSpec) -> GraphSkeleton:
     return GraphSkeleton(look.spec, input_shapes(look.spec, look.records))
 
 
-def plan_for(spec: JobSpec, ranks: int, memory_bytes: int = 10**10) -> Plan:
-    look = FirstLook.at(spec)
-    engine = ENGINES[look.kind](look.spec, ENGINES[look.kind].inputs(look.spec, look.records))
-    memories = [memory_limit(spec, memory_bytes)] * ranks
-    return make_plan(spec.parallel, engine.summary(), engine.workload(**look.size), memories, engine.kv_cache_bytes)
+def plan_for(spec: JobSpec, ranks: int, memory_bytes: int = 10**10) -> Choice:
+    link = Link(1e-6, 1e10)
+    return plan_on(FirstLook.at(spec), Machine((Seat(0, memory_bytes),) * ranks, link, link))[0]
+
+
+def shape(plan: Plan) -> tuple[int, int]:
+    """Stages and replicas."""
+    return plan.replicas[0].stages, len(plan.replicas)
 
 
 def run_whole(spec: JobSpec) -> list[dict[str, Any] | RecordError]:
@@ -459,7 +463,7 @@ def test_a_program_takes_other_inputs(tmp_path: Path) -> None:
 def test_a_batch_above_that_of_a_fixed_program(tmp_path: Path, rows: Path) -> None:
     path = tmp_path / "m.pt2"
     path.write_bytes(program_bytes(True))
-    assert plan_for(make_job(path, rows, parallel={"micro_batch": 3}), 1).micro_batch == 3
+    assert plan_for(make_job(path, rows, parallel={"micro_batch": 3}), 1).plan.replicas[0].micro_batch == 3
     job = make_job(path, rows, parallel={"micro_batch": 4})
     words = ["parallel.micro_batch=4", "exported for batches of 3", "use at most that"]
     refused(PlanError, lambda: plan_for(job, 1), *words)
@@ -552,8 +556,8 @@ def test_text_for_a_directory_without_a_tokenizer(tmp_path: Path, encoder: Path)
 
 def test_a_model_that_cannot_be_traced_runs_whole(rows: Path) -> None:
     job = make_job(f"{HERE}:Looks", rows)
-    plan = plan_for(job, 2)
-    assert (plan.stages, plan.replicas) == (1, 2)
+    plan = plan_for(job, 2).plan
+    assert shape(plan) == (1, 2)
     assert any(reason.startswith("the model runs whole, in replicas only") for reason in plan.reasons)
     torch.manual_seed(0)  # as factories are called
     with torch.no_grad():
@@ -566,12 +570,14 @@ def test_a_model_that_cannot_be_traced_runs_whole(rows: Path) -> None:
 def test_a_limit_that_the_whole_model_is_above(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.ones((4, 256), np.float32))
     job = make_job(f"{HERE}:wide", tmp_path / "x.npy", parallel={"memory_limit_gb": 0.0008})  # 4 layers of 0.26 MB
-    words = ["model of 1 MB", "does not fit 1 ranks of 1 MB", "70% may be weights", "start more ranks"]
+    words = ["model of 1 MB", "does not fit 1 ranks of 1 MB", "70% may be weights", "start at least 2 ranks"]
     refused(PlanError, lambda: plan_for(job, 1), *words)
-    plan = plan_for(job, 2)
-    assert (plan.stages, plan.replicas) == (2, 1)
-    assert any(reason.startswith("1 stages: largest 1.1 MB") and "refused" in reason for reason in plan.reasons)
-    assert any(reason.startswith("2 stages: largest 0.5 MB") and "fits" in reason for reason in plan.reasons)
+    choice = plan_for(job, 2)
+    assert shape(choice.plan) == (2, 1)
+    verdicts = {candidate.name: candidate.verdict for candidate in choice.candidates}
+    assert verdicts["2 replicas x 1 stages x 1 shards"].startswith("refused: largest stage has 1.1 MB")
+    assert verdicts["1 replicas x 2 stages x 1 shards"] == "chosen"
+    assert choice.candidates[0].memory_bytes < 0.6e6
 
 
 def test_more_stages_than_operations_with_weights(rows: Path) -> None:
@@ -582,9 +588,9 @@ def test_more_stages_than_operations_with_weights(rows: Path) -> None:
 def test_a_plan_is_told_without_a_run(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job = tmp_path / "job.yaml"
     job.write_text(yaml.safe_dump({"model": {"path": f"{HERE}:mlp", "task": "forward"}, "input": {"path": str(rows)}}))
-    assert plan_job(str(job), [], 2, 1, as_json=True) == 0
+    assert plan_job(str(job), [], 2, None, None, as_json=True) == 0
     assert json.loads(capsys.readouterr().out)["replicas"] == 2
-    refused(ModelError, lambda: plan_job(str(job), [f"model.path={HERE}:no_module"], 1, 1, False), "gave dict")
+    refused(ModelError, lambda: plan_job(str(job), [f"model.path={HERE}:no_module"], 1, 1, None, False), "gave dict")
     assert capsys.readouterr().out == ""
 
 

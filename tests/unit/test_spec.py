@@ -50,7 +50,7 @@ def test_fingerprint_ignores_the_layout_and_sees_what_decides_results():
         ({"parallel": {"stages": 0}}, ["parallel.stages=0", "at least 1"]),
         ({"parallel": {"stages": True}}, ["parallel.stages=True", "int"]),
         ({"parallel": {"stages": 1.5}}, ["parallel.stages=1.5", "int"]),
-        ({"parallel": {"shards": 2}}, ["parallel.shards=2", "1"]),
+        ({"parallel": {"shards": 0}}, ["parallel.shards=0", "at least 1"]),
         ({"generate": {"temperature": -1}}, ["generate.temperature=-1", "at least 0"]),
         ({"generate": {"top_p": 1.5}}, ["generate.top_p=1.5", "at most 1"]),
         ({"generate": {"top_p": 0}}, ["generate.top_p=0", "no token"]),

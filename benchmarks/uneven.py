@@ -1,0 +1,91 @@
+"""Four ranks of which one is three times slower, as replicas and as stages, beside the ideal and an even static split.
+
+    .venv/bin/python benchmarks/uneven.py [--jobs smollm2 efficientnet] [--rounds 3]
+
+A rank has 0.42 of a core, the slow one 0.14 (quota.py), and no two run on a core at once: four processors of their own
+on two cores. Nothing is declared: mpinfer finds the slow rank. `ideal` is what a rank alone takes, over the summed
+speed. An even static split of the records is the slow rank alone with a quarter of them; one of the stages is a run
+whose cluster file calls all ranks equal. Needs Open MPI. Medians of a few rounds.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from planned_jobs import ROOT, SECTIONS, call, settings, write_job
+
+SHARE, SLOWER, RANKS, SLOW = 0.42, 3, 4, 2
+RECORDS = {"smollm2": 96, "efficientnet": 768}
+EQUAL = {
+    "nodes": [{"cores": RANKS, "ranks": RANKS, "memory_gb": 16}],
+    "links": {"inside": {"latency_us": 1, "gb_per_s": 10}},
+}
+
+
+def run(job: Path, ranks: Sequence[int], records: int, output: Path, given: dict[str, object]) -> float:
+    """Seconds of a run on some of the four ranks."""
+    launcher = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or "mpiexec"
+    command = [launcher, "--bind-to", "none", "--oversubscribe"]
+    program = [sys.executable, "-m", "mpinfer", "run", str(job), "--output", str(output), *settings(given)]
+    quota = [sys.executable, str(ROOT / "benchmarks/quota.py")]
+    for place, rank in enumerate(ranks):
+        share = SHARE / SLOWER if rank == SLOW else SHARE
+        command += [":"] * (place > 0) + ["-n", "1", *quota, str(rank % 2 / 2), str(share), *program]
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"} if os.geteuid() == 0 else {}
+    call(command, records, {**root, "OMP_NUM_THREADS": "1"})
+    return json.loads((output / "timing.json").read_text())["wall_s"]
+
+
+def measure(name: str, rounds: int, directory: Path) -> None:
+    records = RECORDS[name]
+    whole, quarter = (
+        write_job(name, count, _folder(directory / f"{name}-{count}")) for count in (records, records // 4)
+    )
+    cluster = directory / "equal.yaml"
+    cluster.write_text(json.dumps(EQUAL))
+    everyone = range(RANKS)
+    stages = {"parallel.stages": RANKS, "parallel.in_flight": RANKS}
+    runs = {
+        "alone": (whole, [0], records, {}),
+        "replicas, even static split": (quarter, [SLOW], records // 4, {}),
+        "replicas": (whole, everyone, records, {"parallel.replicas": RANKS}),
+        "stages, even static split": (whole, everyone, records, {**stages, "parallel.cluster": str(cluster)}),
+        "stages": (whole, everyone, records, stages),
+    }
+    walls: dict[str, list[float]] = defaultdict(list)
+    for number in range(rounds):
+        for title, (job, ranks, count, given) in runs.items():
+            output = directory / f"{name}-{title.replace(' ', '-')}-{number}"
+            walls[title].append(run(job, ranks, count, output, given))
+    medians = {title: statistics.median(times) for title, times in walls.items()}
+    ideal = medians.pop("alone") / (RANKS - 1 + 1 / SLOWER)
+    print(f"\n{name}: {records} records, {rounds} rounds; ideal {ideal:.2f} s")
+    for title, wall_s in medians.items():
+        low, high = min(walls[title]), max(walls[title])
+        print(f"{title:<28} {wall_s:>7.2f} s ({low:.2f} to {high:.2f})  {wall_s / ideal:>5.2f} of ideal", flush=True)
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
+    parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        for name in options.jobs:
+            measure(name, options.rounds, Path(directory))
+
+
+if __name__ == "__main__":
+    main()

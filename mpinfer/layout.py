@@ -1,0 +1,182 @@
+"""Lay a job out over the ranks of this world: the model without weights, what its work costs here, the plan."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mpinfer.cluster.allocation import machine_links
+from mpinfer.cluster.describe import load_cluster
+from mpinfer.cluster.memory import local_memory_bytes
+from mpinfer.engine import ENGINES, Engine
+from mpinfer.plan.block import ModelSummary
+from mpinfer.plan.cost import Demand, Rates, Timed
+from mpinfer.plan.layout import Plan
+from mpinfer.plan.machine import Machine, Seat
+from mpinfer.plan.planner import Estimator, describe, make_plan, replica_costs
+from mpinfer.preview import FirstLook, memory_limit
+from mpinfer.spec import AUTO, JobSpec
+from mpinfer.transport.endpoint import agree, everywhere, library_version
+from mpinfer.transport.probe import measure_links
+from mpinfer.version import VERSION
+from mpinfer.world import World
+
+if TYPE_CHECKING:  # torch loads only once the cheap checks have passed and threads are bound
+    from mpinfer.engine import Rank
+
+T = TypeVar("T")
+
+_MOST_TURNS = 4  # for what is measured: beyond that, ranks share cores meanwhile
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the run is expected to take, from steps timed on the loaded stages."""
+
+    wall_s: float
+    record_s: Sequence[float]  # of a replica's stages, for each record
+    speeds: dict[int, float]  # records a second, by the rank that leads a replica
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What a plan was made from; rank 0's."""
+
+    model: ModelSummary
+    machine: Machine
+    rates: Rates
+    estimator: Estimator
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What every rank knows before it loads."""
+
+    engine: Engine  # the model, without weights
+    plan: Plan
+    needs_logits: bool
+    planned_s: float  # the wall that was predicted for the plan
+    basis: Basis | None  # rank 0's
+
+    def expect(self, steps: Sequence[Sequence[Timed]], records: int, lengths: Sequence[int]) -> Expected:
+        """Of so many records, where each rank has timed these steps. Rank 0 asks."""
+        assert self.basis is not None
+        basis, walls, speeds = self.basis, [0.0], {}
+        record_s: list[float] = []
+        for replica in self.plan.replicas:
+            costs, hops = replica_costs(basis.model, basis.machine, basis.rates, replica)
+            for stage, cost in enumerate(costs):
+                timed = [steps[rank] for rank in replica.stage_ranks(stage)]
+                slowest = [max(same, key=lambda step: step.seconds) for same in zip(*timed, strict=True)]
+                costs[stage] = cost.corrected(slowest)
+            share = round(records * replica.share) if len(self.plan.replicas) > 1 else records
+            cores = sum(min(1.0, basis.machine.seats[rank].cores) for rank in replica.ranks)
+            run = basis.estimator.simulate(replica, costs, hops, max(1, share)).on_cores(cores, replica.shards)
+            walls.append(run.wall_s if records else 0.0)
+            speeds[replica.leader] = max(1, share) / run.wall_s if run.wall_s else 1.0
+            record_s = record_s or basis.estimator.record_costs(costs, replica.micro_batch, lengths)
+        return Expected(max(walls), record_s, speeds)
+
+
+def lay_out(world: World, spec: JobSpec, look: FirstLook | None) -> Layout:
+    """The model without weights, and the plan that rank 0 makes of it; `look` is rank 0's."""
+    engine: Engine | None = None
+
+    def second_look() -> dict[str, Any]:
+        """What rank 0 alone can refuse with torch; the others' imports would only slow it down."""
+        assert look is not None
+        nonlocal engine
+        inputs = ENGINES[look.kind].inputs(spec, look.records)
+        if world.is_crowded:
+            engine = ENGINES[look.kind](spec, inputs)
+        return {"kind": look.kind, "inputs": inputs, "needs_logits": look.needs_logits}
+
+    told = agree(world.endpoint, second_look)
+    engine = everywhere(world.endpoint, lambda: engine or ENGINES[told["kind"]](spec, told["inputs"]))
+    machine = _survey(world, spec)
+    known: tuple[Estimator, ModelSummary] | None = None
+    basis: Basis | None = None
+
+    def sample() -> None:
+        """What rank 0 finds out alone, while no other rank disturbs its timings."""
+        nonlocal known
+        assert look is not None
+        known = engine.estimator(look.records, look.needs_logits), engine.summary()
+
+    agree(world.endpoint, sample)
+    _, own = _in_turns(world, lambda: engine.measure(device(world, spec)))
+    measured = world.endpoint.all_gather(own)
+
+    def plan_it() -> dict[str, Any]:
+        nonlocal basis
+        assert known is not None
+        assert look is not None
+        estimator, model = known
+        rates, speeds = engine.rates(measured)
+        seats = machine.seats
+        if spec.parallel.cluster == AUTO:
+            seats = tuple(replace(seat, speed=speed) for seat, speed in zip(seats, speeds, strict=True))
+        basis = Basis(model, replace(machine, seats=seats), rates, estimator)
+        records = len(look.records)
+        choice = make_plan(spec.parallel, model, basis.machine, rates, estimator, records, engine.kv_cache_bytes)
+        world.say(
+            f"{VERSION}, ranks {world.endpoint.size}, nodes {world.nodes}, launcher {world.context.launcher}, "
+            f"threads a rank {world.binding.threads} ({world.binding.reason})"
+        )
+        world.say(describe(choice, model))
+        return {"plan": choice.plan.to_dict(), "wall_s": choice.wall_s}
+
+    answer = agree(world.endpoint, plan_it)
+    plan = Plan.from_dict(answer["plan"])
+    world.place = str(plan.coordinates(world.endpoint.rank))
+    return Layout(engine, plan, told["needs_logits"], answer["wall_s"], basis)
+
+
+def time_steps(world: World, rank: "Rank", plan: Plan) -> list[list[Timed]]:
+    """Steps that every rank has timed on its stage, by rank. Shards of a stage time them together."""
+    shards = plan.replica_of(world.endpoint.rank).shards
+    crowd, own = _in_turns(world, rank.timed_steps, shards)
+    timed = world.endpoint.all_gather([[asdict(step.demand), step.seconds / crowd] for step in own])
+    return [[Timed(Demand(**demand), seconds) for demand, seconds in steps] for steps in timed]
+
+
+def device(world: World, spec: JobSpec) -> str:
+    """Where this rank computes. Raises `SpecError`."""
+    from mpinfer.pipeline.device import choose_device
+
+    return choose_device(spec.model.device, world.local_rank)
+
+
+def _survey(world: World, spec: JobSpec) -> Machine:
+    """The ranks and links of this world; the ranks' speeds are not known yet. As described, where the job says so."""
+    endpoint = world.endpoint
+    memory_bytes = memory_limit(spec, local_memory_bytes() // world.local_size)
+    facts = endpoint.all_gather([world.context.node, memory_bytes, world.cores_per_rank])
+    if spec.parallel.cluster != AUTO:
+        return everywhere(endpoint, lambda: load_cluster(spec.parallel.cluster, endpoint.size))
+    names = [node for node, _, _ in facts]
+    numbers = {node: number for number, node in enumerate(dict.fromkeys(names))}
+    nodes = [numbers[node] for node in names]
+    links = machine_links(endpoint, names, library_version(), lambda: measure_links(endpoint, nodes))
+    world.say(str(links))
+    seats = tuple(Seat(numbers[node], memory, cores=cores) for node, memory, cores in facts)
+    return Machine(seats, links.inside, links.between or links.inside)
+
+
+def _in_turns(world: World, work: Callable[[], T], together: int = 1) -> tuple[float, T]:
+    """Run `work` on every rank, on no more ranks of a node at a time than it has cores, if that takes few turns.
+
+    Returns how many ranks shared a core, and what `work` gave. `together` neighbours go at once. Raises `Agreed` for
+    an `MpinferError` of any.
+    """
+    cores = len(world.binding.cores) if world.is_crowded else world.local_size
+    teams = -(-world.local_size // together)
+    at_once = max(1, cores // together, -(-teams // _MOST_TURNS))
+    turn = world.local_rank // together // at_once
+    given: list[T] = []
+
+    def take_turn() -> None:
+        given.append(work())
+
+    for now in range(max(world.endpoint.all_gather(turn)) + 1):
+        everywhere(world.endpoint, take_turn if now == turn else lambda: None)
+    return max(1.0, min(at_once * together, world.local_size) / cores), given[0]
