@@ -1,8 +1,9 @@
 """Lay a job out over the ranks of this world: the model without weights, what its work costs here, the plan."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 from mpinfer.cluster.allocation import machine_links
 from mpinfer.cluster.describe import load_cluster
@@ -10,7 +11,7 @@ from mpinfer.cluster.memory import local_memory_bytes
 from mpinfer.engine import ENGINES, Engine
 from mpinfer.plan.block import ModelSummary
 from mpinfer.plan.cost import Demand, Rates, Timed
-from mpinfer.plan.layout import Plan
+from mpinfer.plan.layout import Plan, Replica
 from mpinfer.plan.machine import Machine, Seat
 from mpinfer.plan.planner import Estimator, describe, make_plan, replica_costs
 from mpinfer.preview import FirstLook, memory_limit
@@ -22,10 +23,6 @@ from mpinfer.world import World
 
 if TYPE_CHECKING:  # torch loads only once the cheap checks have passed and threads are bound
     from mpinfer.engine import Rank
-
-T = TypeVar("T")
-
-_MOST_TURNS = 4  # for what is measured: beyond that, ranks share cores meanwhile
 
 
 @dataclass(frozen=True)
@@ -64,10 +61,8 @@ class Layout:
         record_s: list[float] = []
         for replica in self.plan.replicas:
             costs, hops = replica_costs(basis.model, basis.machine, basis.rates, replica)
-            for stage, cost in enumerate(costs):
-                timed = [steps[rank] for rank in replica.stage_ranks(stage)]
-                slowest = [max(same, key=lambda step: step.seconds) for same in zip(*timed, strict=True)]
-                costs[stage] = cost.corrected(slowest)
+            alike = [other for other in self.plan.replicas if self._kind(other) == self._kind(replica)]
+            costs = [cost.corrected(_timed(steps, alike, stage)) for stage, cost in enumerate(costs)]
             share = round(records * replica.share) if len(self.plan.replicas) > 1 else records
             cores = sum(min(1.0, basis.machine.seats[rank].cores) for rank in replica.ranks)
             run = basis.estimator.simulate(replica, costs, hops, max(1, share)).on_cores(cores, replica.shards)
@@ -75,6 +70,19 @@ class Layout:
             speeds[replica.leader] = max(1, share) / run.wall_s if run.wall_s else 1.0
             record_s = record_s or basis.estimator.record_costs(costs, replica.micro_batch, lengths)
         return Expected(max(walls), record_s, speeds)
+
+    def _kind(self, replica: Replica) -> Any:
+        """What is alike of replicas that should be as fast as each other."""
+        assert self.basis is not None
+        speeds = [self.basis.machine.seats[rank].speed for rank in replica.ranks]
+        return replica.stages, replica.shards, replica.cuts, replica.micro_batch, speeds
+
+
+def _timed(steps: Sequence[Sequence[Timed]], replicas: Sequence[Replica], stage: int) -> list[Timed]:
+    """The steps of a stage, by the slowest of its shards, in the mean over replicas."""
+    each = [[steps[rank] for rank in replica.stage_ranks(stage)] for replica in replicas]
+    slowest = [[max(step.seconds for step in same) for same in zip(*shards, strict=True)] for shards in each]
+    return [Timed(s.demand, fmean(same)) for s, same in zip(each[0][0], zip(*slowest, strict=True), strict=True)]
 
 
 def lay_out(world: World, spec: JobSpec, look: FirstLook | None) -> Layout:
@@ -103,8 +111,8 @@ def lay_out(world: World, spec: JobSpec, look: FirstLook | None) -> Layout:
         known = engine.estimator(look.records, look.needs_logits), engine.summary()
 
     agree(world.endpoint, sample)
-    _, own = _in_turns(world, lambda: engine.measure(device(world, spec)))
-    measured = world.endpoint.all_gather(own)
+    own = everywhere(world.endpoint, lambda: engine.measure(device(world, spec)))
+    measured = world.endpoint.all_gather([_crowd(world), own])
 
     def plan_it() -> dict[str, Any]:
         nonlocal basis
@@ -131,11 +139,10 @@ def lay_out(world: World, spec: JobSpec, look: FirstLook | None) -> Layout:
     return Layout(engine, plan, told["needs_logits"], answer["wall_s"], basis)
 
 
-def time_steps(world: World, rank: "Rank", plan: Plan) -> list[list[Timed]]:
-    """Steps that every rank has timed on its stage, by rank. Shards of a stage time them together."""
-    shards = plan.replica_of(world.endpoint.rank).shards
-    crowd, own = _in_turns(world, rank.timed_steps, shards)
-    timed = world.endpoint.all_gather([[asdict(step.demand), step.seconds / crowd] for step in own])
+def time_steps(world: World, rank: "Rank") -> list[list[Timed]]:
+    """Steps that every rank has timed on its stage, by rank."""
+    own = everywhere(world.endpoint, rank.timed_steps)
+    timed = world.endpoint.all_gather([[asdict(step.demand), step.seconds / _crowd(world)] for step in own])
     return [[Timed(Demand(**demand), seconds) for demand, seconds in steps] for steps in timed]
 
 
@@ -162,21 +169,6 @@ def _survey(world: World, spec: JobSpec) -> Machine:
     return Machine(seats, links.inside, links.between or links.inside)
 
 
-def _in_turns(world: World, work: Callable[[], T], together: int = 1) -> tuple[float, T]:
-    """Run `work` on every rank, on no more ranks of a node at a time than it has cores, if that takes few turns.
-
-    Returns how many ranks shared a core, and what `work` gave. `together` neighbours go at once. Raises `Agreed` for
-    an `MpinferError` of any.
-    """
-    cores = len(world.binding.cores) if world.is_crowded else world.local_size
-    teams = -(-world.local_size // together)
-    at_once = max(1, cores // together, -(-teams // _MOST_TURNS))
-    turn = world.local_rank // together // at_once
-    given: list[T] = []
-
-    def take_turn() -> None:
-        given.append(work())
-
-    for now in range(max(world.endpoint.all_gather(turn)) + 1):
-        everywhere(world.endpoint, take_turn if now == turn else lambda: None)
-    return max(1.0, min(at_once * together, world.local_size) / cores), given[0]
+def _crowd(world: World) -> float:
+    """Ranks to a core while all of a node's compute at once, as in a run, and while they measure; at least 1."""
+    return 1 / world.cores_per_rank

@@ -105,6 +105,6 @@ def plan_on(look: FirstLook, machine: Machine) -> tuple[Choice, ModelSummary]:
     if machine.hardware is not None and model.decodes:
         rates = reckoned(model, machine.hardware)
     else:
-        rates, _ = engine.rates([engine.measure("cpu")])
+        rates, _ = engine.rates([(1.0, engine.measure("cpu"))])
     records = len(look.records)
     return make_plan(spec.parallel, model, machine, rates, estimator, records, engine.kv_cache_bytes), model

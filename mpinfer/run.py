@@ -91,7 +91,7 @@ def _compute(world: World, spec: JobSpec, layout: Layout, files: "OutputFiles | 
         world.endpoint, lambda: build(world.endpoint, layout.plan, device(world, spec), layout.needs_logits)
     )
     load_s = time.perf_counter() - loading
-    steps = time_steps(world, rank, layout.plan)
+    steps = time_steps(world, rank)
     if files is not None:
         left = len(files.records) - len(files.journal.done)
         expected = layout.expect(steps, left, files.records.lengths)

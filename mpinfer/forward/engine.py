@@ -51,11 +51,12 @@ class ForwardEngine:
         """Seconds of a piece of the model's work on this rank, at best and in the mean."""
         return self._skeleton.probe()
 
-    def rates(self, measured: Sequence[Any]) -> tuple[Rates, list[float]]:
-        """Of the operations that rank 0 has timed, and every rank's speed beside that."""
-        best_s, _ = measured[0]
+    def rates(self, measured: Sequence[tuple[float, Any]]) -> tuple[Rates, list[float]]:
+        """Of the operations that rank 0 has timed, and every rank's speed beside that, by what each has measured and
+        how many shared a core meanwhile."""
+        best_s = measured[0][1][0] / measured[0][0]
         own = replace(self._skeleton.rates(), record_s=self._prepare_s)
-        return own, speeds_of([mean_s for _, mean_s in measured], best_s)
+        return own, speeds_of([mean_s / crowd for crowd, (_, mean_s) in measured], best_s)
 
     def build_rank(self, endpoint: "Endpoint", plan: Plan, device: str, needs_logits: bool) -> "ForwardRank":
         from mpinfer.forward.replica import ForwardRank

@@ -47,13 +47,15 @@ class DecodeEngine:
 
         return measure(self._skeleton, self.summary(), self._spec.generate.step_tokens, device).to_dict()
 
-    def rates(self, measured: Sequence[Any]) -> tuple[Rates, list[float]]:
-        """Of what all ranks have measured: the rates of the one in the middle, and every rank's speed beside it."""
-        rates = [Rates.from_dict(each) for each in measured]
-        sizes = min((each.rows.sizes for each in rates), key=len)
-        seconds = [sum(each.rows(size) + each.serial(size) for size in sizes) for each in rates]
-        middle = median_low(seconds)
-        return rates[seconds.index(middle)], speeds_of(seconds, middle)
+    def rates(self, measured: Sequence[tuple[float, Any]]) -> tuple[Rates, list[float]]:
+        """Of what all ranks have measured, and how many shared a core meanwhile: the rates of those like the one in the
+        middle, and every rank's speed beside theirs."""
+        rates = [Rates.from_dict(each).times(1 / crowd) for crowd, each in measured]
+        seconds = [sum(each.rows.seconds) + sum(each.serial.seconds) for each in rates]
+        speeds = speeds_of(seconds, median_low(seconds))
+        own = speeds[seconds.index(median_low(seconds))]
+        alike = [each for each, speed in zip(rates, speeds, strict=True) if speed == own]
+        return Rates.mean(alike), [speed / own for speed in speeds]
 
     def build_rank(self, endpoint: "Endpoint", plan: Plan, device: str, needs_logits: bool) -> "DecodeRank":
         from mpinfer.generate.replica import DecodeRank

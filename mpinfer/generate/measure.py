@@ -2,9 +2,11 @@
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from statistics import fmean
+from itertools import accumulate
+from statistics import median
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,55 +25,82 @@ from mpinfer.transport.message import Message
 _SIZES = (1, 4, 16, 32, 64)  # rows of decode steps, and samples
 _LAYERS = 2  # that are timed together, against one alone: the difference is a layer without what a step costs
 _NEAR, _FAR = 128, 640  # tokens of context
-_BUDGET_S = 1.5  # for everything; sizes that come too late are left out
-_PACE_S = 0.2  # of steady work, which shows whether this rank is made to pause
+_FAR_ROWS = 16
+_LEAST_S, _LEAST_ROUNDS = 1.0, 2
+_CACHE_BYTES = 2**27  # more than the last level of most CPUs holds
 _PRODUCTS = (nn.Linear, PackedLinear, Int8Linear)
 _VOCABULARY = 16384  # tokens of the output embedding that are timed; it costs in proportion
 
 
 def measure(skeleton: DecoderSkeleton, model: ModelSummary, step_tokens: int, device: str) -> Rates:
     """Seconds for each unit of the blocks' costs. `skeleton` is not used up. Raises `ModelError`."""
-    started = time.perf_counter()
     layers = min(_LAYERS, len(skeleton.layers))
     one, several = (_Bench(_part(skeleton, 1, 1 + count, device), skeleton, device) for count in (1, layers))
-    units = model.blocks[1].cost_per_token
-    sizes: list[int] = []
-    whole, linear = [], []
-    step_s = 0.0
-    for rows in sorted({*_SIZES, step_tokens}):
-        if sizes and time.perf_counter() - started > _BUDGET_S:
-            break
-        alone_s, together_s = (bench.step_s(rows, step_tokens, _NEAR) for bench in (one, several))
-        layer_s = max((together_s - alone_s) / (layers - 1), 0.1 * alone_s) if layers > 1 else 0.9 * alone_s
-        step_s = step_s or max(0.0, alone_s - layer_s)
-        sizes.append(rows)
-        whole.append(layer_s)
-        linear.append(min(layer_s, one.linear_s(rows)))
+    sizes = sorted({*_SIZES, step_tokens})
+    work: dict[tuple[str, int], Callable[[], object]] = {}
+    for rows in sizes:
+        step = prompt_segments(rows, range(max(_SIZES))) if rows == step_tokens > 1 else decode_segments(rows, _NEAR)
+        work["one", rows] = one.step(step)
+        work["several", rows] = several.step(step)
+        work["linear", rows] = one.products(step)
+    has_far = skeleton.max_length > _FAR + step_tokens
+    if has_far:
+        for length in (_NEAR, _FAR):
+            work["decode at", length] = several.step(decode_segments(_FAR_ROWS, length))
+            work["prompt at", length] = several.step([Segment(0, length, step_tokens, 1)])
+    head = model.blocks[-1].cost_per_sample
+    vocabulary = range(min(skeleton.vocabulary, _VOCABULARY))
+    if head:
+        work |= {("samples", size): run for size, run in _readouts(skeleton, vocabulary, device).items()}
+    seconds = _in_rounds(work, min(_CACHE_BYTES, model.weight_bytes))
+
+    # What attention takes of a step is counted by itself.
+    kv_bytes = max(1, model.blocks[1].kv_bytes_per_token)
     context_s = pair_s = 0.0
-    kv_bytes = max(1, layers * model.blocks[1].kv_bytes_per_token)
-    if skeleton.max_length > _FAR + step_tokens:
-        rows = min(16, sizes[-1])
-        near, far = (several.step_s(rows, step_tokens, length) for length in (_NEAR, _FAR))
-        context_s = max(0.0, far - near) / (rows * (_FAR - _NEAR) * kv_bytes)
-        if step_tokens in sizes and step_tokens > 1:
-            near, far = (several.chunk_s(start, step_tokens) for start in (0, _FAR))
-            pair_s = max(0.0, far - near) / (step_tokens * _FAR * kv_bytes)
-    pace = several.pace(min(32, sizes[-1]), step_tokens)
-    # What attention took of the steps that were timed is counted by itself.
-    layer_kv = model.blocks[1].kv_bytes_per_token
-    for place, rows in enumerate(sizes):
-        is_chunk = rows == step_tokens
-        own = pair_s * rows * rows / 2 if is_chunk else context_s * rows * _NEAR
-        whole[place] = max(linear[place], whole[place] - own * layer_kv)
-    serial = [max(0.0, w - part) for w, part in zip(whole, linear, strict=True)]
+    if has_far:
+        reach = (_FAR - _NEAR) * layers * kv_bytes
+        context_s = max(0.0, seconds["decode at", _FAR] - seconds["decode at", _NEAR]) / (_FAR_ROWS * reach)
+        pair_s = max(0.0, seconds["prompt at", _FAR] - seconds["prompt at", _NEAR]) / (step_tokens * reach)
+    products, rest, overheads = [], [], []
+    for rows in sizes:
+        alone, together, linear = (seconds[kind, rows] for kind in ("one", "several", "linear"))
+        layer = (together - alone) / (layers - 1) if layers > 1 else 0.9 * alone
+        layer = min(max(layer, linear), alone)
+        overheads.append(alone - layer)
+        attention = pair_s * rows * _NEAR / 2 if rows == step_tokens else context_s * rows * _NEAR
+        products.append(linear)
+        rest.append(max(0.0, layer - linear - attention * kv_bytes))
+    units = model.blocks[1].cost_per_token
+    readouts = [seconds["samples", size] for size in _SIZES] if head else []
     return Rates(
-        rows=_curve(sizes, linear, pace / units),
-        serial=_curve(sizes, serial, pace / units),
-        samples=_samples(skeleton, model, device, pace),
-        context_s=context_s * pace,
-        pair_s=pair_s * pace,
-        step_s=step_s * pace,
+        rows=_curve(sizes, products, 1 / units),
+        serial=_curve(sizes, rest, 1 / units),
+        samples=_curve(_SIZES, readouts, skeleton.vocabulary / len(vocabulary) / head) if head else ZERO,
+        context_s=context_s,
+        pair_s=pair_s,
+        step_s=median(overheads),
     )
+
+
+def _in_rounds(work: Mapping[Any, Callable[[], object]], forget_bytes: int) -> dict[Any, float]:
+    """Seconds of each, in the mean over rounds in which all have their turn: so does a rank that is made to pause
+    (by a quota, or by a neighbour on its core) spread its pauses over all, by what they take.
+
+    In between so many other bytes are read: in a run, too, a layer's weights have left the caches by its turn.
+    """
+    others = torch.ones(forget_bytes // 4)
+    for run in work.values():
+        run()
+    totals = dict.fromkeys(work, 0.0)
+    started, rounds = time.perf_counter(), 0
+    while rounds < _LEAST_ROUNDS or time.perf_counter() - started < _LEAST_S:
+        for key, run in work.items():
+            others.sum()
+            begun = time.perf_counter()
+            run()
+            totals[key] += time.perf_counter() - begun
+        rounds += 1
+    return {key: total / rounds for key, total in totals.items()}
 
 
 class _Bench:
@@ -79,28 +108,22 @@ class _Bench:
 
     def __init__(self, part: DecoderPart, skeleton: DecoderSkeleton, device: str) -> None:
         self._part, self._hidden, self._dtype = part, skeleton.hidden_size, skeleton.dtype
-        self._length = min(skeleton.max_length, _FAR + 1024)
-        self._stage = DecodeStage(part, KVCache(max(_SIZES), self._length, device), NoReadout(part))
+        length = min(skeleton.max_length, 2 * _FAR + 1024)
+        self._stage = DecodeStage(part, KVCache(max(_SIZES), length, device), NoReadout(part))
 
-    def step_s(self, rows: int, step_tokens: int, length: int) -> float:
-        """Of a step of so many rows: a chunk of a prompt if that fills a step, else sequences of about that length."""
-        if rows == step_tokens and rows > 1:
-            return self.chunk_s(0, rows)
-        return _best_s(lambda: self._stage.forward(self._decode(rows, length)))
+    def step(self, segments: Sequence[Segment]) -> Callable[[], object]:
+        """A step of these, to be called again and again."""
+        rows = sum(segment.length for segment in segments)
+        header = encode_step(Step(tuple(segments), (0,) * rows)).header
+        message = Message(header, (torch.zeros(rows, self._hidden, dtype=self._dtype),))
+        return partial(self._stage.forward, message)
 
-    def chunk_s(self, start: int, rows: int) -> float:
-        rows = min(rows, self._length - start)
-        message = self._message([Segment(0, start, rows, 1)])
-        return _best_s(lambda: self._stage.forward(message))
-
-    def linear_s(self, rows: int) -> float:
-        """Of the matrix products of such a step alone."""
+    def products(self, segments: Sequence[Segment]) -> Callable[[], object]:
+        """The matrix products of such a step alone."""
         calls: list[tuple[nn.Module, torch.Tensor]] = []
         layers = [module for module in self._part.model.modules() if type(module) in _PRODUCTS]
         hooks = [layer.register_forward_pre_hook(lambda m, args: calls.append((m, args[0]))) for layer in layers]
-        self._stage.forward(
-            self._decode(rows, _NEAR) if rows <= max(_SIZES) else self._message([Segment(0, 0, rows, 1)])
-        )
+        self.step(segments)()
         for hook in hooks:
             hook.remove()
 
@@ -109,40 +132,28 @@ class _Bench:
             for layer, x in calls:
                 layer(x)
 
-        return _best_s(run)
-
-    def pace(self, rows: int, step_tokens: int) -> float:
-        """Mean over best time of steps of steady work: 1 on a rank that is never made to pause."""
-        message = self._decode(rows, _NEAR)
-        times = []
-        until = time.perf_counter() + _PACE_S
-        while (started := time.perf_counter()) < until:
-            self._stage.forward(message)
-            times.append(time.perf_counter() - started)
-        return fmean(times) / min(times)
-
-    def _decode(self, rows: int, length: int) -> Message:
-        # Neighbours differ in length, as they do in a run.
-        lengths = [min(self._length, length // 2 + length * (rows - row) // rows) for row in range(rows)]
-        return self._message([Segment(slot, each - 1, 1, 1) for slot, each in enumerate(lengths)])
-
-    def _message(self, segments: list[Segment]) -> Message:
-        rows = sum(segment.length for segment in segments)
-        header = encode_step(Step(tuple(segments), (0,) * rows)).header
-        return Message(header, (torch.zeros(rows, self._hidden, dtype=self._dtype),))
+        return run
 
 
-def _samples(skeleton: DecoderSkeleton, model: ModelSummary, device: str, pace: float) -> Curve:
-    """Of the output embedding, where the job needs it."""
-    whole = model.blocks[-1].cost_per_sample
-    if not whole:
-        return ZERO
-    vocabulary = range(min(skeleton.vocabulary, _VOCABULARY))
+def decode_segments(rows: int, length: int, most: int = 2 * _FAR) -> list[Segment]:
+    """New tokens of sequences of about that length, which differ as they do in a run: kernels are faster where all are
+    alike. None is longer than `most`."""
+    lengths = [max(1, min(most, length // 2 + length * (rows - row) // rows)) for row in range(rows)]
+    return [Segment(slot, each - 1, 1, 1) for slot, each in enumerate(lengths)]
+
+
+def prompt_segments(rows: int, slots: range, most: int = _NEAR) -> list[Segment]:
+    """So many tokens of prompts of typical length, of `most` tokens at most, as far as there are slots."""
+    starts = range(0, rows, most)
+    return [Segment(slot, 0, min(most, rows - start), 1) for slot, start in zip(slots, starts, strict=False)]
+
+
+def _readouts(skeleton: DecoderSkeleton, vocabulary: range, device: str) -> dict[int, Callable[[], object]]:
+    """The output embedding, or a piece of it, by samples."""
     head = len(skeleton.layers) + 1
     part = copy.deepcopy(skeleton).load_part(head, head + 1, device, max(_SIZES), lambda: None, vocabulary)
-    hidden = [torch.zeros(size, skeleton.final_size, dtype=skeleton.dtype, device=device) for size in _SIZES]
-    seconds = [_best_s(partial(part.logits, x)) for x in hidden]
-    return _curve(_SIZES, seconds, pace * skeleton.vocabulary / len(vocabulary) / whole)
+    hidden = {size: torch.zeros(size, skeleton.final_size, dtype=skeleton.dtype, device=device) for size in _SIZES}
+    return {size: partial(part.logits, x) for size, x in hidden.items()}
 
 
 def _part(skeleton: DecoderSkeleton, start: int, stop: int, device: str) -> DecoderPart:
@@ -151,14 +162,6 @@ def _part(skeleton: DecoderSkeleton, start: int, stop: int, device: str) -> Deco
 
 
 def _curve(sizes: Sequence[float], seconds: Sequence[float], factor: float) -> Curve:
-    return Curve(tuple(map(float, sizes)), tuple(s * factor for s in seconds))
-
-
-def _best_s(run: Callable[[], object], repeats: int = 5) -> float:
-    run()
-    best = float("inf")
-    for _ in range(repeats):
-        started = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - started)
-    return best
+    """Seconds times `factor`, by size; what noise has made dearer than more of it is not."""
+    least = list(accumulate(reversed(seconds), min))[::-1]
+    return Curve(tuple(map(float, sizes)), tuple(s * factor for s in least))

@@ -9,6 +9,7 @@ import torch
 from mpinfer.generate.cache import KVCache
 from mpinfer.generate.estimate import demand
 from mpinfer.generate.feed import RecordFeed
+from mpinfer.generate.measure import decode_segments, prompt_segments
 from mpinfer.generate.readout import NoReadout, Readout
 from mpinfer.generate.ring import DecodeRing, Finish
 from mpinfer.generate.scheduler import Scheduler, Segment, Step
@@ -91,14 +92,12 @@ class DecodeRank:
         self._worker = Worker(self._inbox, self._stage, outbox, self._account)
 
     def timed_steps(self) -> list[Timed]:
-        """A full prefill step and a decode step, timed on this stage. Also its warm-up; leaves no trace."""
-        slots = range(self._layout.micro_batch)
-        prefill_tokens = min(self._step_tokens, self._max_length)
-        position = min(_TYPICAL_LENGTH, self._max_length) - 1
-        return [
-            self._timed([Segment(slot, position, 1, 1) for slot in slots]),
-            self._timed([Segment(0, 0, prefill_tokens, 1)]),
-        ]
+        """A full prefill step and decode steps, timed on this stage. Also its warm-up; leaves no trace."""
+        slots, most = self._layout.micro_batch, self._max_length
+        decoding = [decode_segments(rows, _TYPICAL_LENGTH, most) for rows in {-(-slots // 2), slots}]
+        begun = decode_segments(slots // 2, _TYPICAL_LENGTH, most)  # others are decoded in a step that takes prompts in
+        prompts = prompt_segments(self._step_tokens - len(begun), range(len(begun), slots), min(_TYPICAL_LENGTH, most))
+        return [self._timed(segments) for segments in (*decoding, [*begun, *prompts])]
 
     def _timed(self, segments: list[Segment]) -> Timed:
         tokens, samples = (0,) * sum(s.length for s in segments), sum(s.samples for s in segments)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-_LEAST_S, _LEAST_CALLS = 0.1, 2
+_LEAST_S, _LEAST_CALLS = 0.2, 2
 
 
 def steady_s(run: Callable[[], object], agree: Callable[[bool], bool] = bool) -> float:

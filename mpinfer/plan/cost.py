@@ -68,8 +68,29 @@ class Rates:
     step_s: float = 0.0  # for every step on every stage
     record_s: float = 0.0  # for every record, on a first stage: to prepare it
 
+    def times(self, factor: float) -> "Rates":
+        """The same where everything takes so many times as long."""
+        curves = {n: Curve(c.sizes, tuple(factor * s for s in c.seconds)) for n, c in self._curves().items()}
+        return Rates(**{**{name: factor * value for name, value in vars(self).items() if name not in curves}, **curves})
+
+    @staticmethod
+    def mean(rates: "Sequence[Rates]") -> "Rates":
+        """Of ranks that are alike and were measured at the same sizes."""
+        first = rates[0]
+
+        def curve(name: str) -> Curve:
+            columns = zip(*(getattr(each, name).seconds for each in rates), strict=True)
+            return Curve(getattr(first, name).sizes, tuple(map(fmean, columns)))
+
+        curves: dict[str, Any] = {name: curve(name) for name in first._curves()}
+        numbers = {name: fmean(getattr(each, name) for each in rates) for name in vars(first) if name not in curves}
+        return Rates(**{**numbers, **curves})
+
+    def _curves(self) -> dict[str, Curve]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Curve)}
+
     def to_dict(self) -> dict[str, Any]:
-        curves = {name: [c.sizes, c.seconds] for name, c in vars(self).items() if isinstance(c, Curve)}
+        curves = {name: [curve.sizes, curve.seconds] for name, curve in self._curves().items()}
         return {**vars(self), **curves}
 
     @classmethod
