@@ -4,8 +4,8 @@ FLOPs say little where memory is what takes the time (depthwise convolutions, no
 """
 
 import time
-from collections.abc import Mapping, Sequence
-from statistics import fmean
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from mpinfer.models.cut import concrete, size_bytes
 
 _REPEATS = 2
 _BUDGET_S = 2.0  # for all operations; what is not timed is estimated from the rate of the others
-_PROBED, _PROBE_S = 5, 0.25  # operations of a probe, and how long it lasts
+_PROBED, _PROBE_S = 5, 0.6  # operations of a probe, and how long it lasts
 _FLOPS_PER_BYTE = 8.0  # what a byte costs in the estimate
 
 
@@ -39,7 +39,7 @@ def operation_seconds(graph: fx.Graph, operations: Sequence[fx.Node], symbols: M
         arguments = pytree.tree_map_only(fx.Node, lambda n: n.meta["val"], (node.args, node.kwargs))
         key = f"{node.target} {pytree.tree_map(lambda v: _signature(v, symbols), arguments)}"
         if key not in known and time.perf_counter() - started < _BUDGET_S:
-            known[key] = _time(node.target, arguments, symbols)
+            known[key] = _best_s(_call_of(node, symbols))
         seconds.append(known.get(key))
     timed = [(cost, s) for cost, s in zip(estimates, seconds, strict=True) if s is not None]
     rate = sum(s for _, s in timed) / max(1.0, sum(cost for cost, _ in timed))
@@ -52,22 +52,15 @@ def probe(operations: Sequence[fx.Node], symbols: Mapping[Any, int]) -> tuple[fl
 
     The first tells ranks' speeds apart; the second also shows a rank that is made to pause.
     """
-    costliest = sorted(operations, key=lambda node: estimated_cost(node, symbols), reverse=True)
-    rounds: list[float] = []
-    until = time.perf_counter() + _PROBE_S
-    while not rounds or time.perf_counter() < until:
-        times = []
-        for node in costliest[:_PROBED]:
-            arguments = pytree.tree_map_only(fx.Node, lambda n: n.meta["val"], (node.args, node.kwargs))
-            args, kwargs = pytree.tree_map(lambda value: _stand_in(value, symbols), arguments)
-            started = time.perf_counter()
-            try:
-                node.target(*args, **kwargs)  # type: ignore[operator]
-            except (RuntimeError, IndexError, ValueError, TypeError):
-                continue  # what cannot be computed from such numbers
-            times.append(time.perf_counter() - started)
-        rounds.append(sum(times))
-    return min(rounds[1:] or rounds), fmean(rounds[1:] or rounds)
+    costliest = sorted(operations, key=lambda node: estimated_cost(node, symbols), reverse=True)[:_PROBED]
+    timed = [(call, _best_s(call)) for call in (_call_of(node, symbols) for node in costliest)]
+    best = {call: seconds for call, seconds in timed if seconds is not None}
+    started, rounds = time.perf_counter(), 0
+    while rounds == 0 or time.perf_counter() - started < _PROBE_S:
+        for call in best:
+            call()
+        rounds += 1
+    return sum(best.values()), (time.perf_counter() - started) / rounds
 
 
 def estimated_cost(node: fx.Node, symbols: Mapping[Any, int]) -> float:
@@ -86,18 +79,26 @@ def estimated_cost(node: fx.Node, symbols: Mapping[Any, int]) -> float:
     return _FLOPS_PER_BYTE * size_bytes(result, symbols) + (0.0 if is_lookup else flops)
 
 
-def _time(target: Any, arguments: Any, symbols: Mapping[Any, int]) -> float | None:
+def _best_s(call: Callable[[], object]) -> float | None:
     """Seconds of the fastest of a few calls; None for what cannot be computed from such numbers."""
-    args, kwargs = pytree.tree_map(lambda value: _stand_in(value, symbols), arguments)
     best_s = float("inf")
     try:
         for _ in range(_REPEATS):
-            started = time.perf_counter()
-            target(*args, **kwargs)
-            best_s = min(best_s, time.perf_counter() - started)
+            started, worked = time.perf_counter(), time.process_time()
+            call()
+            # Without the pauses that this rank is made to take: they would be counted for whatever runs just then.
+            best_s = min(best_s, time.perf_counter() - started, time.process_time() - worked)
     except (RuntimeError, IndexError, ValueError, TypeError):
         return None
     return best_s
+
+
+def _call_of(node: fx.Node, symbols: Mapping[Any, int]) -> Callable[[], object]:
+    """An operation on stand-ins for its arguments."""
+    arguments = pytree.tree_map_only(fx.Node, lambda n: n.meta["val"], (node.args, node.kwargs))
+    args, kwargs = pytree.tree_map(lambda value: _stand_in(value, symbols), arguments)
+    target: Any = node.target
+    return partial(target, *args, **kwargs)
 
 
 def _stand_in(value: Any, symbols: Mapping[Any, int]) -> Any:
