@@ -195,7 +195,8 @@ class _Planner:
         for number in asked.values():
             product *= number
         names = " x ".join(f"parallel.{name}={number}" for name, number in asked.items())
-        if len(asked) == 3 and product != ranks:
+        full = asked.keys() >= {"replicas", "stages"}  # but for shards, where the model makes any
+        if full and (ranks % product or ranks // product > model.most_shards or (len(asked) == 3 and product != ranks)):
             raise PlanError(
                 f"{names}: needs {product} ranks, the world has {ranks}; start {product} ranks or set one of them to "
                 f"auto{self._nearest()}"

@@ -305,7 +305,12 @@ def test_shards_stay_inside_a_node():
         (ParallelSpec(stages=3), 4, ["parallel.stages=3", "does not divide 4 ranks", "parallel.stages=2"]),
         (ParallelSpec(replicas=3), 4, ["parallel.replicas=3", "does not divide 4 ranks", "parallel.replicas=4"]),
         (ParallelSpec(replicas=2, stages=3, shards=1), 3, ["needs 6 ranks", "the world has 3", "parallel.stages=3"]),
-        (ParallelSpec(replicas=2, stages=3), 3, ["parallel.replicas=2 x parallel.stages=3", "does not divide 3"]),
+        (
+            ParallelSpec(replicas=2, stages=3),
+            3,
+            ["parallel.replicas=2 x parallel.stages=3", "needs 6", "the world has 3"],
+        ),
+        (ParallelSpec(replicas=1, stages=1), 2, ["needs 1 ranks", "the world has 2", "parallel.replicas=2"]),
         (ParallelSpec(stages=2, in_flight=1), 2, ["parallel.in_flight=1", "2 stages that have a core"]),
         (ParallelSpec(shards=2), 2, ["parallel.shards=2", "at most 1"]),
     ],
