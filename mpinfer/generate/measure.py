@@ -35,18 +35,23 @@ _VOCABULARY = 16384  # tokens of the output embedding that are timed; it costs i
 def measure(skeleton: DecoderSkeleton, model: ModelSummary, step_tokens: int, device: str) -> Rates:
     """Seconds for each unit of the blocks' costs. `skeleton` is not used up. Raises `ModelError`."""
     layers = min(_LAYERS, len(skeleton.layers))
-    one, several = (_Bench(_part(skeleton, 1, 1 + count, device), skeleton, device) for count in (1, layers))
+    capacity = min(skeleton.max_length, 2 * _FAR + step_tokens)
+    parts = (_part(skeleton, 1, 1 + count, device) for count in (1, layers))
+    one, several = (_Bench(part, skeleton, KVCache(max(_SIZES), capacity, device)) for part in parts)
     sizes = sorted({*_SIZES, step_tokens})
+    near = min(_NEAR, -(-skeleton.max_length // 2))  # lengths vary by half
     work: dict[tuple[str, int], Callable[[], object]] = {}
     for rows in sizes:
-        step = prompt_segments(rows, range(max(_SIZES))) if rows == step_tokens > 1 else decode_segments(rows, _NEAR)
+        is_full = rows == step_tokens > 1
+        slots = range(max(_SIZES))
+        step = prompt_segments(rows, slots, near) if is_full else decode_segments(rows, near, skeleton.max_length)
         work["one", rows] = one.step(step)
         work["several", rows] = several.step(step)
         work["linear", rows] = one.products(step)
     has_far = skeleton.max_length > _FAR + step_tokens
     if has_far:
         for length in (_NEAR, _FAR):
-            work["decode at", length] = several.step(decode_segments(_FAR_ROWS, length))
+            work["decode at", length] = several.step(decode_segments(_FAR_ROWS, length, skeleton.max_length))
             work["prompt at", length] = several.step([Segment(0, length, step_tokens, 1)])
     head = model.blocks[-1].cost_per_sample
     vocabulary = range(min(skeleton.vocabulary, _VOCABULARY))
@@ -67,7 +72,7 @@ def measure(skeleton: DecoderSkeleton, model: ModelSummary, step_tokens: int, de
         layer = (together - alone) / (layers - 1) if layers > 1 else 0.9 * alone
         layer = min(max(layer, linear), alone)
         overheads.append(alone - layer)
-        attention = pair_s * rows * _NEAR / 2 if rows == step_tokens else context_s * rows * _NEAR
+        attention = pair_s * rows * near / 2 if rows == step_tokens else context_s * rows * near
         products.append(linear)
         rest.append(max(0.0, layer - linear - attention * kv_bytes))
     units = model.blocks[1].cost_per_token
@@ -106,10 +111,9 @@ def _in_rounds(work: Mapping[Any, Callable[[], object]], forget_bytes: int) -> d
 class _Bench:
     """Layers with their weights, that run steps of any size."""
 
-    def __init__(self, part: DecoderPart, skeleton: DecoderSkeleton, device: str) -> None:
+    def __init__(self, part: DecoderPart, skeleton: DecoderSkeleton, cache: KVCache) -> None:
         self._part, self._hidden, self._dtype = part, skeleton.hidden_size, skeleton.dtype
-        length = min(skeleton.max_length, 2 * _FAR + 1024)
-        self._stage = DecodeStage(part, KVCache(max(_SIZES), length, device), NoReadout(part))
+        self._stage = DecodeStage(part, cache, NoReadout(part))
 
     def step(self, segments: Sequence[Segment]) -> Callable[[], object]:
         """A step of these, to be called again and again."""
@@ -135,14 +139,14 @@ class _Bench:
         return run
 
 
-def decode_segments(rows: int, length: int, most: int = 2 * _FAR) -> list[Segment]:
+def decode_segments(rows: int, length: int, most: int) -> list[Segment]:
     """New tokens of sequences of about that length, which differ as they do in a run: kernels are faster where all are
     alike. None is longer than `most`."""
     lengths = [max(1, min(most, length // 2 + length * (rows - row) // rows)) for row in range(rows)]
     return [Segment(slot, each - 1, 1, 1) for slot, each in enumerate(lengths)]
 
 
-def prompt_segments(rows: int, slots: range, most: int = _NEAR) -> list[Segment]:
+def prompt_segments(rows: int, slots: range, most: int) -> list[Segment]:
     """So many tokens of prompts of typical length, of `most` tokens at most, as far as there are slots."""
     starts = range(0, rows, most)
     return [Segment(slot, 0, min(most, rows - start), 1) for slot, start in zip(slots, starts, strict=False)]
