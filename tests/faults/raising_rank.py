@@ -9,19 +9,25 @@ from mpinfer.cli import main
 
 
 def sabotage(calls: int) -> None:
-    from mpinfer.generate.stage import DecodeStage
+    """Of the run, once stages are timed."""
+    from mpinfer.pipeline.worker import Worker
 
-    forward = DecodeStage.forward
-    left = calls
+    run = Worker.run
 
-    def failing(stage: DecodeStage, message: Any) -> Any:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise RuntimeError(f"injected at {time.time()}")
-        return forward(stage, message)
+    def run_sabotaged(worker: Worker, schedule: Any) -> None:
+        forward, left = worker._stage.forward, calls
 
-    DecodeStage.forward = failing
+        def failing(message: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise RuntimeError(f"injected at {time.time()}")
+            return forward(message)
+
+        worker._stage.forward = failing  # type: ignore[method-assign]
+        run(worker, schedule)
+
+    Worker.run = run_sabotaged  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -133,7 +133,8 @@ def test_filled_up_shards_are_even_to_an_aligned_block(units, unit_bytes, held):
     parts = fill_up(units, unit_bytes, held_bytes)
     totals = [each + len(part) * unit_bytes for each, part in zip(held_bytes, parts, strict=True)]
     assert sum(map(len, parts)) == units
-    assert max(totals) - min(totals) <= 2.01 * max(1, units // (4 * len(held))) * unit_bytes + 2 * unit_bytes
+    # Both ends of a part are rounded to a block, and the last block may hold less than one.
+    assert max(totals) - min(totals) <= 3.01 * max(1, units // (4 * len(held))) * unit_bytes
 
 
 def test_three_heads_over_two_shards_and_the_mlp_makes_up_for_it():
