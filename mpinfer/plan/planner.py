@@ -186,8 +186,8 @@ class _Planner:
         if given.shards != AUTO and given.shards > model.most_shards:
             why = model.shards_problem or f"it has {model.most_shards} groups of heads"
             raise PlanError(
-                f"parallel.shards={given.shards}: the model makes at most {model.most_shards} ({why}); use "
-                f"{model.most_shards}"
+                f"parallel.shards={given.shards}: the model makes at most {model.most_shards} ({why}); use at most "
+                f"that{self._nearest()}"
             )
         asked = {name: getattr(given, name) for name in ("replicas", "stages", "shards")}
         asked = {name: number for name, number in asked.items() if number != AUTO}

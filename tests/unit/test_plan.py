@@ -312,7 +312,7 @@ def test_shards_stay_inside_a_node():
         ),
         (ParallelSpec(replicas=1, stages=1), 2, ["needs 1 ranks", "the world has 2", "parallel.replicas=2"]),
         (ParallelSpec(stages=2, in_flight=1), 2, ["parallel.in_flight=1", "2 stages that have a core"]),
-        (ParallelSpec(shards=2), 2, ["parallel.shards=2", "at most 1"]),
+        (ParallelSpec(shards=2), 2, ["parallel.shards=2", "at most 1", "nearest", "parallel.shards=1"]),
     ],
 )
 def test_impossible_layouts_are_refused_with_the_nearest_that_works(parallel, ranks, words):
