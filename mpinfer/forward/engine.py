@@ -53,8 +53,8 @@ class ForwardEngine:
 
     def rates(self, measured: Sequence[tuple[float, Any]]) -> tuple[Rates, list[float]]:
         """Of the operations that rank 0 has timed, and every rank's speed beside that, by what each has measured and
-        how many shared a core meanwhile."""
-        best_s = measured[0][1][0] / measured[0][0]
+        how many shared a core meanwhile: that lengthens the mean alone, since the best is of CPU time."""
+        _, (best_s, _) = measured[0]
         own = replace(self._skeleton.rates(), record_s=self._prepare_s)
         return own, speeds_of([mean_s / crowd for crowd, (_, mean_s) in measured], best_s)
 

@@ -1,0 +1,48 @@
+"""What a token of a single sequence costs two shards of one thread each, beside one process with two threads.
+
+    .venv/bin/python benchmarks/shard_latency.py [--rounds 5] [--tokens 128]
+
+SmolLM2, one prompt, in turn; medians of the milliseconds a token, and of the rounds' ratios.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+
+from planned_jobs import mpinfer, settings, write_job
+
+
+def token_ms(job: Path, shards: int, tokens: int, output: Path) -> float:
+    """Of a run on two cores, milliseconds for each new token, the prompt included."""
+    layout = {"parallel.replicas": 1, "parallel.stages": 1, "parallel.shards": shards}
+    given = settings({**layout, "generate.max_new_tokens": tokens, "generate.min_new_tokens": tokens})
+    command = ["launch", "-n", str(shards), str(job), "--output", str(output), *given]
+    mpinfer(command, 1, {"OMP_NUM_THREADS": str(2 // shards)})
+    timing = json.loads((output / "timing.json").read_text())
+    return 1000 * timing["wall_s"] / timing["new_tokens"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="(%(default)s)")
+    parser.add_argument("--tokens", type=int, default=128, help="new tokens (%(default)s)")
+    options = parser.parse_args()
+    pairs: list[tuple[float, float]] = []
+    with tempfile.TemporaryDirectory() as directory:
+        job = write_job("smollm2", 1, Path(directory))
+        for number in range(options.rounds):
+            whole, sharded = (
+                token_ms(job, shards, options.tokens, Path(directory) / f"{shards}-{number}") for shards in (1, 2)
+            )
+            print(f"round {number}: 1 process {whole:.2f} ms, 2 shards {sharded:.2f} ms", flush=True)
+            pairs.append((whole, sharded))
+    whole, sharded = (statistics.median(figures) for figures in zip(*pairs, strict=True))
+    ratio = statistics.median(w / s for w, s in pairs)
+    print(f"\n1 process, 2 threads: {whole:.2f} ms a token\n2 shards, 1 thread each: {sharded:.2f} ms a token")
+    print(f"speed of the shards: {ratio:.3f} of the one process, median of {options.rounds} rounds")
+
+
+if __name__ == "__main__":
+    main()
