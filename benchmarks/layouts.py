@@ -16,10 +16,9 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from planned_jobs import SECTIONS, mpinfer, settings, write_job
+from planned_jobs import SECTIONS, Shape, mpinfer, run, write_job
 
 RECORDS = {"smollm2": 64, "efficientnet": 512}
-Shape = tuple[int, int, int]
 
 
 def layouts(job: Path, ranks: int, records: int) -> list[Shape]:
@@ -34,14 +33,6 @@ def chosen(job: Path, ranks: int, records: int) -> Shape:
     printed = mpinfer(["launch", "-n", str(ranks), str(job), "--dry-run"], records)
     line = next(line for line in printed.splitlines() if "plan: " in line)
     return _shape(line.partition("plan: ")[2])
-
-
-def run(job: Path, shape: Shape, records: int, output: Path) -> dict[str, Any]:
-    names = ("parallel.replicas", "parallel.stages", "parallel.shards")
-    given = settings(dict(zip(names, shape, strict=True)))
-    ranks = shape[0] * shape[1] * shape[2]
-    mpinfer(["launch", "-n", str(ranks), str(job), "--output", str(output), *given], records)
-    return json.loads((output / "timing.json").read_text())
 
 
 def measure(name: str, numbers: list[int], rounds: int, records: int, directory: Path) -> None:

