@@ -48,15 +48,15 @@ class ForwardEstimator:
     def mix(self, micro_batch: int) -> Mix:
         return ((Demand(micro_batch * self._size), 1 / micro_batch),)
 
-    def steps(self, replica: Replica, records: int) -> float:
-        """How many steps a simulation would take."""
-        return ceil(records / replica.micro_batch)
+    def work(self, replica: Replica, records: int) -> float:
+        """About what a simulation asks of this rank: in steps, by stages."""
+        return ceil(records / replica.micro_batch) * (2 * replica.stages)
 
     def estimate(self, replica: Replica, stages: Sequence[StageCost], records: int) -> float:
         """Seconds of the slowest stage, while the others keep up, and of filling the pipeline."""
         batch = Demand(replica.micro_batch * self._size)
         seconds = [stage.seconds(batch) for stage in stages]
-        return (self.steps(replica, records) - 1) * max(seconds) + sum(seconds)
+        return (ceil(records / replica.micro_batch) - 1) * max(seconds) + sum(seconds)
 
     def simulate(self, replica: Replica, stages: Sequence[StageCost], hops: Sequence[Link], records: int) -> Simulated:
         if not records:

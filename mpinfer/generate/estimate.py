@@ -71,10 +71,11 @@ class DecodeEstimator:
         """Of so many sequences, at half their length."""
         return Demand(sequences, sequences, sequences * (self._prompt + self._new / 2))
 
-    def steps(self, replica: Replica, records: int) -> float:
-        """About how many steps a simulation would take."""
+    def work(self, replica: Replica, records: int) -> float:
+        """About what a simulation asks of this rank: every step for its stages, and for its sequences."""
         sequences = records * self._per_record
-        return sequences * (self._prompt / self._step_tokens + self._new / min(replica.micro_batch, sequences or 1))
+        steps = sequences * (self._prompt / self._step_tokens + self._new / min(replica.micro_batch, sequences or 1))
+        return steps * (2 * replica.stages) + sequences * self._new
 
     def estimate(self, replica: Replica, stages: Many[StageCost], records: int) -> float:
         """Seconds of the slowest stage, while the others keep up: waves of sequences fill the slots, and the last one
@@ -136,13 +137,14 @@ class _VirtualRing:
 
 def demand(step: Step) -> Demand:
     """What a step asks of every stage."""
-    context, pairs = 0, 0.0
-    for segment in step.segments:
-        if segment.length == 1:
-            context += segment.start + 1
+    samples, context, pairs = 0, 0, 0.0
+    for _, start, length, own in step.segments:
+        samples += own
+        if length == 1:
+            context += start + 1
         else:
-            pairs += segment.length * (segment.start + segment.length / 2)
-    return Demand(len(step.tokens), sum(segment.samples for segment in step.segments), context, pairs)
+            pairs += length * (start + length / 2)
+    return Demand(len(step.tokens), samples, context, pairs)
 
 
 def _fresh(sequence: Sequence, number: int, max_length: int) -> Sequence:

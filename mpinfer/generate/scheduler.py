@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
+from itertools import islice
 from typing import Any, NamedTuple
 
 _HEADROOM_TOKENS = 16  # that every live sequence can grow by when another is admitted: else it would be out soon
@@ -76,10 +77,10 @@ class Sequence:
     dropped: bool = False  # not wanted any more: leaves at its group's next step
     slot: int = -1
     computed: int = 0  # tokens whose keys and values are in the cache, once the current step is through
+    length: int = field(init=False)  # of the prompt and the new tokens
 
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.new_tokens)
+    def __post_init__(self) -> None:
+        self.length = len(self.prompt) + len(self.new_tokens)
 
     def tokens(self, start: int, stop: int) -> list[int]:
         prompt = len(self.prompt)
@@ -87,8 +88,15 @@ class Sequence:
             return self.new_tokens[start - prompt : stop - prompt]
         return self.prompt[start:stop] + self.new_tokens[: max(0, stop - prompt)]
 
-    def first_sample(self) -> int:
-        return self.length - 1 if self.limits else self.sample_from
+    def samples(self, start: int, stop: int) -> int:
+        """Of the tokens from `start` up to `stop`, how many are sampled."""
+        if self.limits is not None:
+            return int(stop == self.length)
+        return max(0, stop - max(start, self.sample_from))
+
+    def append(self, token: int) -> None:
+        self.new_tokens.append(token)
+        self.length += 1
 
 
 @dataclass
@@ -151,13 +159,15 @@ class Scheduler:
         segments: list[Segment] = []
         tokens: list[int] = []
         targets: list[int] = []
+        room = self._step_tokens
         # Those that decode come first; the rest of the step is for prompts.
         for sequence in sorted(group.live, key=lambda each: (each.length - each.computed > 1, each.slot)):
             start = sequence.computed
-            stop = min(sequence.length, start + self._step_tokens - len(tokens))
+            stop = sequence.length if sequence.length <= start + room else start + room
             if start == stop:
                 continue
-            samples = max(0, stop - max(start, sequence.first_sample()))
+            room -= stop - start
+            samples = sequence.samples(start, stop)
             segments.append(Segment(sequence.slot, start, stop - start, samples))
             tokens += sequence.tokens(start, stop)
             if sequence.targets:
@@ -180,16 +190,12 @@ class Scheduler:
         finished = []
         own = iter(results)
         for sequence, samples in group.sampling:
-            for _ in range(samples):
-                if sequence.limits is None:
-                    sequence.results.append(next(own))
-                    continue
-                token, kept = next(own)
-                sequence.new_tokens.append(token)
-                self.held_tokens += 1
-                sequence.results.append(kept)
-                sequence.finish_reason = self._finish_reason(sequence, sequence.limits)
-            if sequence.finish_reason or (sequence.limits is None and sequence.computed == sequence.length):
+            if sequence.limits is None:
+                sequence.results += islice(own, samples)
+                is_over = sequence.computed == sequence.length
+            else:
+                is_over = bool(samples) and self._take(sequence, sequence.limits, *next(own))
+            if is_over:
                 finished.append(sequence)
                 self._leave(group, sequence)
         group.sampling = []
@@ -202,7 +208,7 @@ class Scheduler:
         Longest prompts first: the short ones fill the gaps at the end, and neighbouring slots, which attend
         together, get similar lengths.
         """
-        if not self._waiting and not self._preempted:
+        if not (self._waiting or self._preempted) or not group.free_slots:
             return
         share = -(-self.unfinished // len(self._groups))
         room = self._step_tokens - sum(sequence.length - sequence.computed for sequence in group.live)
@@ -236,7 +242,11 @@ class Scheduler:
         self._released.append(sequence.slot)
         self.held_tokens -= sequence.length
 
-    def _finish_reason(self, sequence: Sequence, limits: Limits) -> str:
-        if reason := limits.finish_reason(sequence.new_tokens):
-            return reason
-        return "length" if sequence.length == self._max_length else ""
+    def _take(self, sequence: Sequence, limits: Limits, token: int, kept: Any) -> bool:
+        """Append a new token and what is to be kept of it; whether the sequence ends there."""
+        sequence.append(token)
+        sequence.results.append(kept)
+        self.held_tokens += 1
+        reason = limits.finish_reason(sequence.new_tokens)
+        sequence.finish_reason = reason or ("length" if sequence.length == self._max_length else "")
+        return bool(sequence.finish_reason)

@@ -7,7 +7,7 @@ Li et al. 2023, which also plans by simulating). What the job file gives is obey
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import ceil
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ MEMORY_SHARE = 0.7  # of a rank's memory that weights may take
 KV_MEMORY_SHARE = 0.85  # that weights and KV cache may take together; the rest is activations and libraries
 _SAME = 0.02  # predicted walls so near each other are equal: the simpler layout is taken
 _PROMISING, _FINALISTS = 1.3, 8  # by estimates: times the best, and how many, that are simulated
-_MOST_WORK = 60_000  # steps of stages in a simulation: where a promising layout has more, estimates decide
+_MOST_WORK = 1_000_000  # of all simulations together, some seconds: the layouts behind keep their estimates
 _UNEVEN_REPLICAS = 16  # most replicas of unequal size that are tried, beside those that memory suggests
 
 Run = Callable[[Replica, int], Simulated]
@@ -42,8 +42,8 @@ class Estimator(Protocol):
     def mix(self, micro_batch: int) -> Mix:
         """What a record asks of the blocks, in full steps."""
 
-    def steps(self, replica: Replica, records: int) -> float:
-        """About how many steps a simulation would take."""
+    def work(self, replica: Replica, records: int) -> float:
+        """About what a simulation asks of this rank: grows with steps, their stages and sequences."""
 
     def estimate(self, replica: Replica, stages: Sequence[StageCost], records: int) -> float:
         """Seconds for so many records on one replica, without a simulation."""
@@ -246,8 +246,9 @@ class _Planner:
         """The possible ones; those of them that may be the best once more, by simulation."""
         possible = sorted((c for c in candidates if c.plan), key=lambda c: c.wall_s)
         promising = [c for c in possible if c.wall_s <= _PROMISING * possible[0].wall_s][:_FINALISTS]
-        replicas = [replica for c in promising if c.plan for replica in c.plan.replicas]
-        if any(self._work(replica) > _MOST_WORK for replica in replicas):
+        work = accumulate(map(self._work, promising))
+        promising = [c for c, so_far in zip(promising, work, strict=True) if so_far <= _MOST_WORK]
+        if not promising:
             return possible
         finals = []
         for candidate in promising:
@@ -257,9 +258,15 @@ class _Planner:
         slowest = max(c.wall_s for c in finals)
         return finals + [replace(c, wall_s=max(c.wall_s, slowest)) for c in possible[len(finals) :]]
 
-    def _work(self, replica: Replica) -> float:
-        records = self._records_of(replica.share)
-        return self._estimator.steps(replica, records) * replica.stages
+    def _work(self, candidate: Candidate) -> float:
+        """Of simulating every kind of replica at every depth."""
+        assert candidate.plan is not None
+        kinds = {self._kind(replica.ranks): replica for replica in candidate.plan.replicas}.values()
+        return sum(
+            self._estimator.work(replica, self._records_of(replica.share))
+            * len(self._depths(replica.ranks, replica.shards))
+            for replica in kinds
+        )
 
     def _groupings(self) -> Iterator[tuple[Groups, int]]:
         """Every way to make replicas of the ranks, each with the number of shards of a stage."""
@@ -321,7 +328,7 @@ class _Planner:
         replicas, runs = self._share_out(groups, shards, run)
         wall_s = max(run.wall_s for run in runs)
         stages = sum(replica.stages for replica in replicas)
-        bubble = 1 - sum(sum(run.busy_s) for run in runs) / (wall_s * stages) if wall_s else 0.0
+        bubble = max(0.0, 1 - sum(sum(run.busy_s) for run in runs) / (wall_s * stages)) if wall_s else 0.0
         memory = max(self._memory(replica) for replica in {self._kind(r.ranks): r for r in replicas}.values())
         return Candidate(name, Plan(replicas), wall_s, tuple(run.busy_s for run in runs), bubble, memory)
 
@@ -463,7 +470,10 @@ class _Planner:
     def _kind(self, ranks: Sequence[int]) -> Any:
         """What is alike of groups of ranks that are as good as each other."""
         first = self._seats[ranks[0]].node
-        return tuple(replace(self._seats[rank], node=self._seats[rank].node - first) for rank in ranks)
+        return tuple(
+            (seat.node - first, seat.memory_bytes, seat.speed, seat.cores)
+            for seat in map(self._seats.__getitem__, ranks)
+        )
 
     def _memory(self, replica: Replica) -> int:
         """Bytes of weights and of the KV cache for the records at work, of the fullest rank."""

@@ -31,7 +31,7 @@ class Simulated:
     @property
     def bubble(self) -> float:
         """The share of the stages' time that they wait."""
-        return 1 - sum(self.busy_s) / (self.wall_s * len(self.busy_s)) if self.wall_s else 0.0
+        return max(0.0, 1 - sum(self.busy_s) / (self.wall_s * len(self.busy_s))) if self.wall_s else 0.0
 
     def on_cores(self, cores: float, shards: int) -> "Simulated":
         """The same where the ranks of all stages share so many cores: no faster than these can work."""

@@ -94,7 +94,7 @@ def _continuations_problem(record: dict[str, Any]) -> str | None:
 
 
 def _are_token_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(type(token) is int and token >= 0 for token in value)
+    return isinstance(value, list) and set(map(type, value)) <= {int} and min(value, default=0) >= 0
 
 
 def _is_input(value: Any) -> bool:

@@ -42,7 +42,7 @@ class Batches:
     def mix(self, micro_batch):
         return ((Demand(micro_batch, micro_batch), 1 / micro_batch),)
 
-    def steps(self, replica, records):
+    def work(self, replica, records):
         return -(-records // replica.micro_batch)
 
     def estimate(self, replica, stages, records):
