@@ -206,6 +206,7 @@ def _close_account(world: World, rank: "Rank") -> dict[str, Any]:
         "cores": list(world.binding.cores),
         "threads": world.binding.threads,
         **rank.close_account(),
+        "storage_bytes": _storage_bytes(),
         "peak_memory_bytes": _peak_memory_bytes(),
     }
 
@@ -216,6 +217,16 @@ def _peak_memory_bytes() -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise OSError("/proc/self/status has no VmHWM")
+
+
+def _storage_bytes() -> int | None:
+    """What the kernel fetched from storage for this process: of programs, weights and input, what the node's page cache
+    did not hold. None where the kernel does not say."""
+    try:
+        lines = Path("/proc/self/io").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), None)
 
 
 def _process_age_s() -> float:

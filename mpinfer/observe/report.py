@@ -66,6 +66,8 @@ def timing_table(timing: dict[str, Any]) -> str:
             f"{account['overhead_s']:>6.2f}s {account['bytes_sent'] / 1e6:>6.1f} MB "
             f"{account['weight_bytes'] / 1e6:>6.1f} MB {account['peak_memory_bytes'] / 1e6:>5.0f} MB"
         )
+    fetched = [account["storage_bytes"] for account in timing["ranks"]]
+    storage = "" if None in fetched else f", {sum(fetched) / 1e6:.0f} MB fetched from storage"
     overlap = "none sent" if timing["overlap"] is None else f"{timing['overlap']:.1%}"
     lines.append(
         f"{timing['records']} records in {timing['wall_s']:.2f} s: {timing['records_per_s']:.2f} records/s, "
@@ -74,6 +76,7 @@ def timing_table(timing: dict[str, Any]) -> str:
     )
     lines.append(
         f"bubble {timing['bubble']:.1%}, overlap {overlap}, imbalance {timing['imbalance']:.1%}; before that "
-        f"{timing['start_s']:.2f} s of start-up and {timing['load_s']:.2f} s of loading"
+        f"{timing['start_s']:.2f} s of start-up and {timing['load_s']:.2f} s of loading "
+        f"({sum(account['read_bytes'] for account in timing['ranks']) / 1e6:.0f} MB of weights read{storage})"
     )
     return "\n".join(lines)
