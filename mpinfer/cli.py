@@ -61,6 +61,14 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("destination", metavar="DST", help="the directory to write")
     convert.set_defaults(command=_convert)
 
+    bench = commands.add_parser("bench", help="measure parts of mpinfer beside what else would do")
+    benches = bench.add_subparsers(title="what to measure", metavar="WHAT", required=True)
+    transport = benches.add_parser("transport", help="messages between two ranks: start one on each, with mpirun")
+    transport.add_argument("--largest", type=int, default=2**26, metavar="BYTES", help="of a message (%(default)s)")
+    transport.add_argument("--rounds", type=int, default=5, help="of which medians are taken (%(default)s)")
+    transport.add_argument("--json", action="store_true", help="print figures as JSON")
+    transport.set_defaults(command=_bench_transport)
+
     doctor = commands.add_parser("doctor", help="show MPI, ranks, nodes, cores, binding and torch; run it under mpirun")
     doctor.set_defaults(command=_doctor)
     return parser
@@ -152,6 +160,12 @@ def _convert(arguments: argparse.Namespace) -> int:
     convert(Path(arguments.source), Path(arguments.destination))
     print(f"mpinfer: {arguments.destination}: converted", file=sys.stderr)
     return ExitCode.COMPLETE
+
+
+def _bench_transport(arguments: argparse.Namespace) -> int:
+    from mpinfer.bench.transport import bench_transport
+
+    return bench_transport(arguments.largest, arguments.rounds, arguments.json)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

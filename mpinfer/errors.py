@@ -46,5 +46,11 @@ class OutputError(MpinferError):
     """The output directory cannot be used for this job."""
 
 
+class TransportError(MpinferError):
+    """A message between ranks is not the one that was due. Ends the world, as any fault does."""
+
+    exit_code = ExitCode.FAULT
+
+
 class RecordError(MpinferError):
     """One record cannot be computed. It becomes that record's result; the run goes on."""

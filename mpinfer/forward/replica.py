@@ -21,8 +21,9 @@ from mpinfer.plan.cost import Demand, Timed
 from mpinfer.plan.layout import Plan
 from mpinfer.plan.schedule import stream
 from mpinfer.spec import JobSpec, arrays_in_files
+from mpinfer.transport.codec import padded
 from mpinfer.transport.endpoint import Endpoint
-from mpinfer.transport.message import ChannelPlan, Inbox, Message, Outbox, padded
+from mpinfer.transport.message import ChannelPlan, Inbox, Message, Outbox
 
 _TAG = 1
 
@@ -39,7 +40,7 @@ class ForwardRank:
         self._endpoint, self._spec, self._skeleton = endpoint, spec, skeleton
         self._account = Account()
         endpoint.serving = lambda: self._account.phase("overhead")
-        self._links = Links(endpoint, self._account, spec.transport.blocking)
+        self._links = Links(endpoint, self._account, spec.transport)
         started = time.perf_counter()
         start, stop = layout.blocks_of(self.coordinates.stage)
         self._part = skeleton.load_part(start, stop, device, layout.micro_batch, endpoint.progress)
@@ -58,8 +59,9 @@ class ForwardRank:
     def run(self) -> None:
         """The loop, until the stream of batches ends."""
         self._account.restart()
-        self._worker.run(stream())
-        self._inbox.close()
+        with self._links.progressing():
+            self._worker.run(stream())
+            self._inbox.close()
 
     def close_account(self) -> dict[str, Any]:
         """This rank's figures, all measured: seconds per phase, bytes over channels and in control messages."""
@@ -115,4 +117,5 @@ class ForwardRank:
             dimensions=dimensions,
             payload_bytes=sum(map(padded, sizes)),
             depth=max(2, layout.in_flight // layout.stages),
+            wire=self._spec.transport.wire,
         )

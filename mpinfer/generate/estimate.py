@@ -19,6 +19,7 @@ from mpinfer.plan.machine import Link
 from mpinfer.plan.simulate import Simulated, simulate
 from mpinfer.records.inputs import Input
 from mpinfer.spec import AUTO, JobSpec
+from mpinfer.transport.codec import encoded_bytes
 
 _SAMPLE = 128  # records
 
@@ -48,7 +49,9 @@ class DecodeEstimator:
         self._new = _mean(_new_tokens(sequence, self._max_length) for sequence in sequences)
         self._samples = _mean(_samples(sequence, self._max_length) for sequence in sequences)
         self._per_record = len(sequences) / max(1, len(self._sample))
-        self._row_bytes = float(skeleton.hidden_size * skeleton.dtype.itemsize)
+        self._row_bytes = encoded_bytes(
+            spec.transport.wire, skeleton.hidden_size * skeleton.dtype.itemsize, skeleton.dtype.itemsize
+        )
 
     @property
     def tokens_per_record(self) -> float:

@@ -25,11 +25,11 @@ from mpinfer.plan.block import vocabulary_share
 from mpinfer.plan.cost import Timed
 from mpinfer.plan.layout import Plan
 from mpinfer.plan.schedule import stream
-from mpinfer.spec import AUTO, JobSpec
-from mpinfer.transport.collective import ShardGroup
+from mpinfer.spec import AUTO, JobSpec, Wire
+from mpinfer.transport.codec import padded
 from mpinfer.transport.endpoint import Endpoint
 from mpinfer.transport.local import LocalChannel
-from mpinfer.transport.message import ChannelPlan, Inbox, Message, padded
+from mpinfer.transport.message import ChannelPlan, Inbox, Message
 
 _ACTIVATIONS_TAG, _SAMPLES_TAG, _STEPS_TAG = 1, 2, 3
 _TYPICAL_LENGTH = 128  # tokens of context of the decode step that is timed
@@ -56,7 +56,7 @@ class DecodeRank:
         self._account = Account()
         self._hidden_size, self._final_size, self._dtype = skeleton.hidden_size, skeleton.final_size, skeleton.dtype
         endpoint.serving = lambda: self._account.phase("overhead")
-        self._links = Links(endpoint, self._account, spec.transport.blocking)
+        self._links = Links(endpoint, self._account, spec.transport)
         self._feed: RecordFeed | None = None
         self._step_tokens = max(spec.generate.step_tokens, layout.micro_batch)  # one of every sequence must fit
         length = skeleton.max_length if spec.generate.max_length == AUTO else spec.generate.max_length
@@ -116,8 +116,11 @@ class DecodeRank:
     def run(self) -> None:
         """The loop, until the stream of steps ends."""
         self._account.restart()
-        self._worker.run(stream())
-        self._inbox.close()
+        self._links.restart()
+        with self._links.progressing():
+            self._worker.run(stream())
+            self._inbox.close()
+            self._links.close()
 
     def close_account(self) -> dict[str, Any]:
         """This rank's figures, all measured: seconds per phase, bytes over channels and in control messages."""
@@ -137,7 +140,7 @@ class DecodeRank:
         self._agree: Callable[[bool], bool] = bool
         if self._layout.shards == 1:
             return None
-        group = ShardGroup(self._endpoint, self._layout.stage_ranks(self.coordinates.stage), self._links.waiting)
+        group = self._links.shard_group(self._layout.stage_ranks(self.coordinates.stage))
         self._agree = group.any
         return Shard(self.coordinates.shard, self._layout.shards, group.all_reduce)
 
@@ -189,7 +192,8 @@ class DecodeRank:
     def _activations_from(self, stage: int, shard: int) -> ChannelPlan:
         """From a shard of a stage to that of the next: all shards have the same ones."""
         ends = self._layout.rank(stage, shard), self._layout.rank(stage + 1, shard)
-        return self._channel(*ends, _ACTIVATIONS_TAG, self._step_tokens * self._hidden_size * self._dtype.itemsize)
+        payload_bytes = self._step_tokens * self._hidden_size * self._dtype.itemsize
+        return self._channel(*ends, _ACTIVATIONS_TAG, payload_bytes, self._spec.transport.wire)
 
     def _steps(self, shard: int) -> ChannelPlan:
         """From the leader to another shard of the first stage: token ids."""
@@ -203,7 +207,7 @@ class DecodeRank:
         ends = self._layout.rank(last, shard), self._layout.leader
         return self._channel(*ends, _SAMPLES_TAG, self._samples * width * torch.float32.itemsize)
 
-    def _channel(self, source: int, destination: int, tag: int, payload_bytes: int) -> ChannelPlan:
+    def _channel(self, source: int, destination: int, tag: int, payload_bytes: int, wire: Wire = "none") -> ChannelPlan:
         """A link between two ranks of this replica. Same on both ends."""
         layout = self._layout
         return ChannelPlan(
@@ -215,4 +219,5 @@ class DecodeRank:
             dimensions=2,
             payload_bytes=padded(payload_bytes),
             depth=layout.in_flight + 1,  # every group, and the end of the stream
+            wire=wire,
         )

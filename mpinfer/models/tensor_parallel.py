@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from mpinfer.models.sources import Slice
-from mpinfer.plan.shards import fill_up, split
+from mpinfer.plan.shards import split, split_evenly
 
 # Plans of families for which transformers has none, by the layer's modules.
 _PLANS = {
@@ -70,11 +70,12 @@ class LayerSplit:
     of_mlp: tuple[_Matrix, ...]
 
     def ranges(self, index: int, count: int) -> tuple[range, range]:
-        """KV heads and columns of the MLP of one of `count` shards; all come to about the same weights."""
-        heads = split(self.kv_heads, [1] * count)
-        head, column = (sum(matrix.weights for matrix in of) for of in (self.of_attention, self.of_mlp))
-        held = [len(own) * head / self.kv_heads for own in heads]
-        return heads[index], fill_up(self.columns, column / self.columns, held)[index]
+        """KV heads and columns of the MLP of one of `count` shards.
+
+        Each is divided as evenly as it can be by itself: all shards wait for the slowest after either, so that columns
+        could not make up for a head more.
+        """
+        return split(self.kv_heads, [1] * count)[index], split_evenly(self.columns, count)[index]
 
 
 def plan_layer(layer: nn.Module, layers_name: str, config: Any) -> LayerSplit:

@@ -5,34 +5,60 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from mpinfer.observe.account import Account
+from mpinfer.spec import TransportSpec
 from mpinfer.transport.channel import MpiInbox, MpiOutbox
+from mpinfer.transport.collective import ShardGroup
 from mpinfer.transport.endpoint import Endpoint
 from mpinfer.transport.message import END, ChannelPlan, Inbox, Message, Outbox
+from mpinfer.transport.progress import check_progress, progressing
 
 
 class Links:
     """Makes the ends of this rank's channels; waiting at them goes to the account."""
 
-    def __init__(self, endpoint: Endpoint, account: Account, blocking: bool) -> None:
-        self._endpoint, self._account, self._blocking = endpoint, account, blocking
+    def __init__(self, endpoint: Endpoint, account: Account, transport: TransportSpec) -> None:
+        """Raises `SpecError` when this MPI cannot make progress as asked."""
+        check_progress(transport.progress)
+        self._endpoint, self._account, self._transport = endpoint, account, transport
         self._inboxes: list[MpiInbox] = []
         self._outboxes: list[MpiOutbox] = []
+        self._groups: list[ShardGroup] = []
 
     def inbox(self, plan: ChannelPlan) -> MpiInbox:
         self._inboxes.append(MpiInbox(self._endpoint, plan, self.waiting))
         return self._inboxes[-1]
 
     def outbox(self, plan: ChannelPlan) -> MpiOutbox:
-        self._outboxes.append(MpiOutbox(self._endpoint, plan, self.waiting, self._blocking))
+        self._outboxes.append(MpiOutbox(self._endpoint, plan, self.waiting, self._transport.blocking))
         return self._outboxes[-1]
 
+    def shard_group(self, ranks: Sequence[int]) -> ShardGroup:
+        """This rank with others that sum; all of them make it at the same time, and close it with their links."""
+        self._groups.append(ShardGroup(self._endpoint, ranks, self.waiting))
+        return self._groups[-1]
+
+    def restart(self) -> None:
+        """Forget what was summed: the loop begins now."""
+        for group in self._groups:
+            group.bytes_summed = 0
+
+    def close(self) -> None:
+        """Once no shard has anything left to sum; all of a group call it."""
+        for group in self._groups:
+            group.free()
+
+    def progressing(self) -> AbstractContextManager[None]:
+        """Messages move while this lasts, as `transport.progress` says."""
+        return progressing(self._endpoint, self._transport.progress)
+
     def figures(self) -> dict[str, Any]:
-        """Bytes over channels and in control messages, and how long sends were on their way."""
+        """Bytes over channels, of sums and in control messages, and how long sends were on their way."""
+        summed = sum(group.bytes_summed for group in self._groups)
         control_sent, control_received = self._endpoint.control_bytes_sent, self._endpoint.control_bytes_received
         return {
             "in_flight_s": sum(outbox.in_flight_s for outbox in self._outboxes),
-            "bytes_sent": sum(outbox.bytes_sent for outbox in self._outboxes) + control_sent,
-            "bytes_received": sum(inbox.bytes_received for inbox in self._inboxes) + control_received,
+            "bytes_sent": sum(outbox.bytes_sent for outbox in self._outboxes) + summed + control_sent,
+            "bytes_received": sum(inbox.bytes_received for inbox in self._inboxes) + summed + control_received,
         }
 
     def waiting(self, phase: Any) -> AbstractContextManager[None]:

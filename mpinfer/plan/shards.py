@@ -27,11 +27,7 @@ def split(units: int, shares: Sequence[float], align: int = 1) -> list[range]:
     return [range(start * align, min(stop * align, units)) for start, stop in pairwise(cuts)]
 
 
-def fill_up(units: int, unit_bytes: float, held_bytes: Sequence[float]) -> list[range]:
-    """Units divided so that every shard comes to the same bytes, with what it holds already; aligned where there are
-    enough of them."""
-    parts = len(held_bytes)
-    even = (units * unit_bytes + sum(held_bytes)) / parts
-    shares = [max(even - held, 0.0) for held in held_bytes]
+def split_evenly(units: int, parts: int) -> list[range]:
+    """Units divided into parts as equal as may be; aligned where there are enough of them. Raises `PlanError`."""
     align = next((a for a in _ALIGNMENTS if units >= _LEAST_BLOCKS * parts * a), 1)
-    return split(units, shares, align)
+    return split(units, [1] * parts, align)

@@ -1,21 +1,40 @@
 """Channels over MPI: planned links with preallocated slots.
 
-A send is started and left; it is waited for only when its slot is needed again. A receive is posted in
-every free slot before its message is needed.
+A send is started and left; it is waited for only when its slot is needed again. A receive is posted in every free slot
+before its message is needed. Heads (see `message.py`) go by persistent requests: a step then costs a start and a test.
+Those of the first slot are sent synchronously: complete only once the receiver had a slot for them, and so for all
+before them. A sender that is ahead waits, and nothing piles up inside MPI. The body of a message has its slot's own
+tag, and so finds the receive that waits for it.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import cast
 
 import torch
 from mpi4py import MPI
 
+from mpinfer.errors import TransportError
+from mpinfer.transport.codec import ALIGNMENT_BYTES
 from mpinfer.transport.endpoint import Endpoint
-from mpinfer.transport.message import ChannelPlan, Message, SlotLayout
+from mpinfer.transport.message import SAME_VERSIONS, TAGS, ChannelPlan, Message, ReceiveSlot, SendSlot
 
 Waiting = Callable[[str], AbstractContextManager[None]]
 """Accounts for time spent waiting: called with "send_wait" or "receive_wait"."""
+
+_UNIT = MPI.BYTE.Create_contiguous(ALIGNMENT_BYTES).Commit()  # MPI counts to 2**31: with bytes a message ended at 2 GiB
+
+
+def _memory(tensor: torch.Tensor, size_bytes: int) -> list[object]:
+    """The first bytes of a tensor's memory, for MPI. The tensor is to be held until MPI is done with it."""
+    return [MPI.buffer.fromaddress(tensor.data_ptr(), size_bytes), size_bytes // ALIGNMENT_BYTES, _UNIT]
+
+
+def _body_tag(plan: ChannelPlan, slot: int) -> int:
+    """Of bodies into that slot; of those that fit none, `slot` is the depth."""
+    return plan.tag + TAGS * (1 + slot)
 
 
 class MpiInbox:
@@ -23,36 +42,113 @@ class MpiInbox:
 
     def __init__(self, endpoint: Endpoint, plan: ChannelPlan, waiting: Waiting) -> None:
         self._endpoint, self._plan, self._waiting = endpoint, plan, waiting
-        self._layout = SlotLayout(plan)
-        self._slots = [self._layout.allocate() for _ in range(plan.depth)]
-        self._requests = [self._post(slot) for slot in self._slots]
-        self._next = 0
-        self._taken: int | None = None
+        data = endpoint.data
+        self._slots = [ReceiveSlot(plan, endpoint.epoch) for _ in range(plan.depth)]
+        self._heads = [data.Recv_init(_memory(s.head, plan.head_bytes), plan.source, plan.tag) for s in self._slots]
+        self._bodies = [
+            data.Recv_init(_memory(s.body, plan.body_bytes), plan.source, _body_tag(plan, n))
+            for n, s in enumerate(self._slots)
+            if plan.body_bytes
+        ]
+        MPI.Prequest.Startall([*self._heads, *self._bodies])
+        self._status = MPI.Status()
+        self._used: list[MPI.Prequest] = []  # by the message that was taken last
+        self._number = 0
         self.bytes_received = 0
 
     def take(self, micro_batch: int) -> Message:
-        """The next message; its slot is given back to the channel at the following call."""
-        if self._taken is not None:
-            self._requests[self._taken] = self._post(self._slots[self._taken])
-            self._taken = None
-        index, request, status = self._next, self._requests[self._next], MPI.Status()
-        if not request.Test(status):
-            with self._waiting("receive_wait"):
-                self._endpoint.wait_until(lambda: request.Test(status))
-        self.bytes_received += status.Get_count(MPI.BYTE)
-        self._next = (index + 1) % self._plan.depth
-        self._taken = index
-        return self._layout.decode(self._slots[index])
+        """The next message; its slot is given back to the channel at the following call.
+
+        Raises `TransportError` when what comes is not the next message, not whole, or longer than planned.
+        """
+        self._give_back()
+        index = self._number % self._plan.depth
+        slot = self._slots[index]
+        self._used.append(self._heads[index])
+        body_bytes = slot.check_head(self._complete(self._heads[index]), self._number)
+        beyond = None
+        if body_bytes > self._plan.body_bytes:
+            beyond = torch.empty(body_bytes, dtype=torch.uint8)
+            tag = _body_tag(self._plan, self._plan.depth)
+            request = self._endpoint.data.Irecv(_memory(beyond, body_bytes), self._plan.source, tag)
+            slot.check_body(self._complete(request), self._number)
+        elif body_bytes:
+            self._used.append(self._bodies[index])
+            slot.check_body(self._complete(self._bodies[index]), self._number)
+        self._number += 1
+        return slot.message(beyond)
 
     def close(self) -> None:
         """Cancel the receives that no message will ever match."""
-        for index, request in enumerate(self._requests):
-            if index != self._taken:
+        for request in (*self._heads, *self._bodies):
+            if request not in self._used:
                 request.Cancel()
                 request.Wait()
+            request.Free()
 
-    def _post(self, slot: torch.Tensor) -> MPI.Request:
-        return self._endpoint.data.Irecv([slot.numpy(), MPI.BYTE], source=self._plan.source, tag=self._plan.tag)
+    def _give_back(self) -> None:
+        for request in self._used:
+            request.Start()
+        self._used.clear()
+
+    def _complete(self, request: MPI.Request) -> int:
+        """Wait for a receive; returns its bytes."""
+        try:
+            if not request.Test(self._status):
+                with self._waiting("receive_wait"):
+                    self._endpoint.wait_until(lambda: request.Test(self._status))
+        except MPI.Exception as error:
+            raise TransportError(
+                f"{self._plan}: message {self._number} could not be received, or is longer than planned "
+                f"({error.Get_error_string()}); {SAME_VERSIONS}"
+            ) from None
+        size_bytes = self._status.Get_elements(MPI.BYTE)
+        self.bytes_received += size_bytes
+        return size_bytes
+
+
+class _Sending:
+    """A slot of an outbox and its requests."""
+
+    def __init__(self, endpoint: Endpoint, plan: ChannelPlan, index: int) -> None:
+        self._data, self._plan, self._index = endpoint.data, plan, index
+        self._slot = SendSlot(plan, endpoint.epoch)
+        self._head: MPI.Prequest | None = None
+        self._head_bytes = 0  # that it was made for: steps of a form have heads of one size
+        self._requests: list[MPI.Request] = []
+        self.started_s = 0.0
+
+    def start(self, message: Message, number: int) -> int:
+        """Returns the bytes that are on their way now."""
+        slot, plan = self._slot, self._plan
+        slot.write(message, number)
+        if slot.head_bytes != self._head_bytes:
+            self.free()
+            memory = _memory(slot.head, slot.head_bytes)
+            make = self._data.Send_init if self._index else self._data.Ssend_init
+            self._head = cast(MPI.Prequest, make(memory, plan.destination, plan.tag))
+            self._head_bytes = slot.head_bytes
+        assert self._head is not None
+        self._head.Start()
+        self._requests.append(self._head)
+        if slot.body is not None:
+            tag = _body_tag(plan, self._index if slot.body_bytes <= plan.body_bytes else plan.depth)
+            self._requests.append(self._data.Isend(_memory(slot.body, slot.body_bytes), plan.destination, tag))
+        self.started_s = time.perf_counter()
+        return slot.head_bytes + slot.body_bytes
+
+    def completed(self) -> bool:
+        while self._requests:
+            if not self._requests[-1].Test():
+                return False
+            self._requests.pop()
+        self._slot.body = None
+        return True
+
+    def free(self) -> None:
+        if self._head is not None:
+            self._head.Free()
+        self._head, self._head_bytes = None, 0
 
 
 class MpiOutbox:
@@ -61,48 +157,39 @@ class MpiOutbox:
     def __init__(self, endpoint: Endpoint, plan: ChannelPlan, waiting: Waiting, blocking: bool) -> None:
         self._endpoint, self._plan, self._waiting = endpoint, plan, waiting
         self._blocking = blocking
-        self._layout = SlotLayout(plan)
-        self._slots = [self._layout.allocate() for _ in range(plan.depth)]
-        self._requests: list[MPI.Request | None] = [None] * plan.depth
-        self._started = [0.0] * plan.depth
-        self._next = 0
+        self._slots = [_Sending(endpoint, plan, index) for index in range(plan.depth)]
+        self._in_flight: deque[_Sending] = deque()  # in order
+        self._number = 0
         self.bytes_sent = 0
         self.in_flight_s = 0.0  # summed over messages, from start to the poll that found them complete
         endpoint.attach(self)
 
     def start(self, micro_batch: int, message: Message) -> None:
-        index = self._next
-        self._await(index)
-        slot = self._slots[index]
-        size = self._layout.encode(slot, message)
-        self._started[index] = time.perf_counter()
-        self._requests[index] = self._endpoint.data.Isend(
-            [slot.numpy(), size, MPI.BYTE], dest=self._plan.destination, tag=self._plan.tag
-        )
-        self.bytes_sent += size
-        self._next = (index + 1) % self._plan.depth
+        """Start sending. Raises `TransportError` when the message has more words than planned."""
+        if len(self._in_flight) == self._plan.depth:
+            self._wait_for(self._plan.depth - 1)
+        slot = self._slots[self._number % self._plan.depth]
+        self.bytes_sent += slot.start(message, self._number)
+        self._in_flight.append(slot)
+        self._number += 1
         if self._blocking:
-            self._await(index)
+            self._wait_for(0)
 
     def drain(self) -> None:
-        for index in range(self._plan.depth):
-            self._await(index)
+        self._wait_for(0)
+        for slot in self._slots:
+            slot.free()
 
     def complete_finished(self) -> None:
-        for index in range(self._plan.depth):
-            self._completed(index)
+        while self._in_flight and self._in_flight[0].completed():
+            self.in_flight_s += time.perf_counter() - self._in_flight.popleft().started_s
 
-    def _await(self, index: int) -> None:
-        if not self._completed(index):
+    def _wait_for(self, most: int) -> None:
+        """Until at most so many messages are in flight."""
+        if not self._at_most(most):
             with self._waiting("send_wait"):
-                self._endpoint.wait_until(lambda: self._completed(index))
+                self._endpoint.wait_until(lambda: self._at_most(most))
 
-    def _completed(self, index: int) -> bool:
-        request = self._requests[index]
-        if request is None:
-            return True
-        if not request.Test():
-            return False
-        self._requests[index] = None
-        self.in_flight_s += time.perf_counter() - self._started[index]
-        return True
+    def _at_most(self, most: int) -> bool:
+        self.complete_finished()
+        return len(self._in_flight) <= most

@@ -24,9 +24,13 @@ from mpi4py import MPI
 from mpinfer.errors import ExitCode, MpinferError
 
 _CONTROL_TAG = 1
-_SPIN_S = 50e-6  # poll without sleeping for this long: a message on its way arrives within it
-_SHORTEST_SLEEP_S, _LONGEST_SLEEP_S = 20e-6, 1e-3
+# Poll without sleeping for so long, and sleep no longer: with a core for every rank, and where ranks share cores.
+# Shards that compute the same wait for each other less than the first; a message on its way arrives within the second.
+_SPIN_S, _SPIN_SHARING_S = 1e-3, 50e-6
+_LONGEST_SLEEP_S, _LONGEST_SLEEP_SHARING_S = 0.25e-3, 1e-3
+_SLEEP_SHARE = 1 / 16  # of what has been waited already: a wait costs little and overshoots little, however long it is
 _COLLECTIVE_SLEEP_S = 10e-3  # start and end of a run, where ranks wait for seconds
+_FORWARD_S = 0.1  # for the launcher to pass on what a rank said last: an abort may overtake it
 
 T = TypeVar("T")
 Handler = Callable[[int, Any], None]
@@ -55,6 +59,8 @@ class Endpoint:
         self.serving: Callable[[], AbstractContextManager[Any]] = nullcontext  # accounts for the time of handlers
         self.control_bytes_sent = 0
         self.control_bytes_received = 0
+        self.shares_cores = True  # whether ranks outnumber cores; to be set once that is known
+        self.epoch: int = self.broadcast(int.from_bytes(os.urandom(4)) >> 1)  # tells this run's messages from others
 
     # -- progress ------------------------------------------------------------------------------------------------
 
@@ -67,14 +73,17 @@ class Endpoint:
         self._serve()
 
     def wait_until(self, done: Callable[[], bool]) -> None:
-        """Poll `done`, making progress, first without a pause and then with growing sleeps."""
+        """Poll `done`, making progress: first giving way to whoever wants the core, then with growing sleeps."""
+        spin_s = _SPIN_SHARING_S if self.shares_cores else _SPIN_S
+        longest_s = _LONGEST_SLEEP_SHARING_S if self.shares_cores else _LONGEST_SLEEP_S
         started = time.perf_counter()
-        sleep_s = _SHORTEST_SLEEP_S
         while not done():
             self.progress()
-            if time.perf_counter() - started > _SPIN_S:
-                time.sleep(sleep_s)
-                sleep_s = min(2 * sleep_s, _LONGEST_SLEEP_S)
+            waited_s = time.perf_counter() - started
+            if waited_s < spin_s:
+                os.sched_yield()
+            else:
+                time.sleep(min(_SLEEP_SHARE * waited_s, longest_s))
 
     # -- control messages ----------------------------------------------------------------------------------------
 
@@ -129,10 +138,9 @@ class Endpoint:
         return [json.loads(bodies[end - n : end]) for end, n in zip(ends, lengths, strict=True)]
 
     def _finish(self, request: MPI.Request) -> None:
-        pause_s = _SHORTEST_SLEEP_S
+        started = time.perf_counter()
         while not request.Test():
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, _COLLECTIVE_SLEEP_S)
+            time.sleep(min(_SLEEP_SHARE * (time.perf_counter() - started), _COLLECTIVE_SLEEP_S))
 
     # -- the data plane and the end ------------------------------------------------------------------------------
 
@@ -144,6 +152,7 @@ class Endpoint:
         """End the whole world at once."""
         sys.stdout.flush()
         sys.stderr.flush()
+        time.sleep(_FORWARD_S)
         MPI.COMM_WORLD.Abort(int(code))
         os._exit(int(code))  # an Abort may return
 

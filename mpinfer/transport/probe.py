@@ -24,6 +24,8 @@ _MESSAGES = 4  # of a transfer, on their way at once
 _SIZES = (2**14, 2**17, 2**20)  # bytes of a message; a slow network uses up the budget before the largest
 _SPIN_S = 2e-3  # the other rank answers at once, unless it waits for a core
 
+_LEAST_SHARE = 0.1  # of a transfer's time that its bytes take, whatever the latency was
+
 _TAG = 1
 _PING, _STOP = 0, -1  # orders; any other is the size of the messages that follow
 
@@ -85,7 +87,8 @@ def _lead(follower: "_Peer") -> tuple[float, float]:
     for size in _SIZES:
         if size == _SIZES[0] or time.perf_counter() < deadline:
             transfer_s = min(_repeat(partial(follower.transfer_s, size), _TRANSFERS, deadline))
-            bytes_per_s = _MESSAGES * size / transfer_s
+            # Messages and answer take the latency, too; where that is nearly all, what is left is a rough guess.
+            bytes_per_s = _MESSAGES * size / max(transfer_s - 2 * latency_s, _LEAST_SHARE * transfer_s)
     follower.tell(_STOP)
     return latency_s, bytes_per_s
 

@@ -65,7 +65,7 @@ def unbroken(one_mpi: Mpi, long_job: Path) -> bytes:
     return (complete_run(one_mpi, 2, long_job, long_job.parent / "out") / "results.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("victim", [0, 1, 3])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow), 3])
 def test_killed_rank(mpi: Mpi, victim: int, long_job: Path, unbroken: bytes, tmp_path: Path) -> None:
     output, total = tmp_path / "out", len(unbroken.splitlines())
     with World(

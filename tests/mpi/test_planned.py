@@ -40,7 +40,8 @@ def test_a_slow_rank_gets_a_small_stage(one_mpi: Mpi, tiny: Tiny, tmp_path: Path
     assert cut - start > stop - cut
 
 
-@pytest.mark.parametrize("ranks", [12, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [12, 64])
 def test_many_ranks_on_a_few_cores(one_mpi: Mpi, tiny: Tiny, tmp_path: Path, ranks: int) -> None:
     records = [{**record, "id": number} for number, record in enumerate(read_jsonl(tiny.records) * 6)]
     path = write_jsonl(tmp_path / "records.jsonl", records)

@@ -15,7 +15,7 @@ from mpinfer.records.rules import RecordRules
 from mpinfer.spec import load_spec
 
 ALONE = (1, 1)
-LAYOUTS = [(2, 1), (1, 2)]  # replicas x stages
+LAYOUTS = [pytest.param((2, 1), marks=pytest.mark.slow), (1, 2)]  # replicas x stages
 OPTIONS = {
     "generate": ("generate.temperature=2", "generate.top_p=0.95", "generate.n=2"),
     "score": ("model.task=score",),

@@ -5,7 +5,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import LAYOUTS, MAX_NEW_TOKENS, Mpi, Tiny, assert_token_rule, complete_run, mpirun, read_jsonl
+from harness import (
+    LAYOUTS,
+    MAX_NEW_TOKENS,
+    Mpi,
+    Tiny,
+    assert_token_rule,
+    complete_run,
+    mpirun,
+    read_jsonl,
+    read_timing,
+)
 
 RunLayout = Callable[..., Path]
 
@@ -42,6 +52,27 @@ def test_untied_embeddings(one_mpi: Mpi, tiny_untied: Tiny, tmp_path: Path) -> N
 def test_blocking_transport(mpi: Mpi, tiny: Tiny, run_layout: RunLayout) -> None:
     output = run_layout(mpi, 1, 2, "transport.blocking=true")
     assert_token_rule(read_jsonl(output / "results.jsonl"), tiny.references)
+
+
+@pytest.mark.parametrize(
+    ("wire", "most_bytes", "least_equal", "progress"), [("bf16", 0.55, 0.99, "thread"), ("int8", 0.35, 0.7, "points")]
+)
+def test_wire(
+    one_mpi: Mpi, tiny: Tiny, run_layout: RunLayout, wire: str, most_bytes: float, least_equal: float, progress: str
+) -> None:
+    """Fewer bytes from stage to stage, and mostly the same tokens. What the second stage receives is activations; the
+    samples that it sends are as they are."""
+    exact = run_layout(one_mpi, 1, 2)
+    output = run_layout(one_mpi, 1, 2, f"transport.wire={wire}", f"transport.progress={progress}")
+    before, now = (read_timing(path)["ranks"][1] for path in (exact, output))
+    assert now["bytes_received"] < most_bytes * before["bytes_received"]
+    assert now["bytes_sent"] > 0.9 * before["bytes_sent"]
+    tokens = [result["output"]["token_ids"] for result in read_jsonl(output / "results.jsonl")]
+    expected = [reference.tokens for reference in tiny.references]
+    equal = sum(
+        a == b for ours, theirs in zip(tokens, expected, strict=True) for a, b in zip(ours, theirs, strict=False)
+    )
+    assert equal > least_equal * sum(map(len, expected))
 
 
 def test_bfloat16_completes(one_mpi: Mpi, tiny: Tiny, run_layout: RunLayout) -> None:

@@ -1,12 +1,10 @@
-"""Messages, accounts, dispatch and feed, without MPI."""
+"""Accounts, dispatch and feed, without MPI."""
 
 import json
 import time
 from collections import deque
 
-import numpy as np
 import pytest
-import torch
 
 from mpinfer.coordinator.dispatch import Coordinator
 from mpinfer.errors import RecordError
@@ -19,7 +17,6 @@ from mpinfer.observe.report import Before, timing, timing_table
 from mpinfer.plan.layout import Plan, Replica
 from mpinfer.spec import GenerateSpec
 from mpinfer.transport.control import ACCOUNT, DROP, RECORDS, RESULTS, WANT
-from mpinfer.transport.message import END, ChannelPlan, Message, SlotLayout
 
 
 class Loopback:
@@ -60,61 +57,6 @@ class Lines:
 
     def line(self, index):
         return json.dumps({"token_ids": [index]}).encode()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
-def test_a_message_survives_its_slot(dtype):
-    layout = SlotLayout(ChannelPlan(0, 1, 7, header_words=9, values=1, dimensions=2, payload_bytes=128, depth=2))
-    slot = layout.allocate()
-    payload = torch.arange(6).view(2, 3).to(dtype)
-    size = layout.encode(slot, Message(np.array([5, 6], dtype=np.int32), (payload,)))
-    assert size <= layout.capacity_bytes
-    received = layout.decode(slot)
-    assert received.header.tolist() == [5, 6]
-    assert received.payload.dtype == dtype
-    assert torch.equal(received.payload, payload)
-    assert received.payload.data_ptr() % dtype.itemsize == 0
-    layout.encode(slot, END)
-    assert layout.decode(slot).is_end
-
-
-def test_a_message_beyond_the_plan_is_refused():
-    layout = SlotLayout(ChannelPlan(0, 1, 7, header_words=2, values=1, dimensions=1, payload_bytes=64, depth=2))
-    slot = layout.allocate()
-    with pytest.raises(ValueError, match="and 128 bytes: the channel was planned for 16 words and 64 bytes"):
-        layout.encode(slot, Message(np.zeros(1, dtype=np.int32), (torch.zeros(17),)))
-    with pytest.raises(ValueError, match="message of 18 words"):
-        layout.encode(slot, Message(np.zeros(16, dtype=np.int32)))
-
-
-def test_every_value_that_crosses_a_cut_survives_its_slot():
-    values = (
-        torch.arange(6.0).view(2, 3).T,
-        5,
-        -(2**40),
-        torch.tensor([True, False]),
-        torch.zeros(0, 4),
-        torch.tensor(7),
-    )
-    layout = SlotLayout(ChannelPlan(0, 1, 7, header_words=1, values=6, dimensions=5, payload_bytes=4 * 64, depth=1))
-    slot = layout.allocate()
-    layout.encode(slot, Message(np.array([1], dtype=np.int32), values))
-    received = layout.decode(slot).values
-    assert [type(value) for value in received] == [type(value) for value in values]
-    for sent, came in zip(values, received, strict=True):
-        same = torch.equal(sent, came) and sent.dtype == came.dtype if isinstance(sent, torch.Tensor) else sent == came
-        assert same
-
-
-def test_images_keep_their_channels_innermost():
-    """What a packed convolution gives is copied as it lies in memory, and taken up as it is."""
-    image = torch.arange(120.0).view(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
-    layout = SlotLayout(ChannelPlan(0, 1, 7, header_words=1, values=1, dimensions=4, payload_bytes=512, depth=1))
-    slot = layout.allocate()
-    layout.encode(slot, Message(np.array([1], dtype=np.int32), (image,)))
-    received = layout.decode(slot).payload
-    assert torch.equal(received, image)
-    assert received.stride() == image.stride()
 
 
 def test_every_second_belongs_to_one_phase():
@@ -300,7 +242,14 @@ def test_stop_ids_follow_the_generation_config(tiny_llama, tmp_path):
 def account_of(rank, **seconds):
     phases = {f"{phase}_s": float(seconds.get(phase, 0)) for phase in PHASES}
     place = {"replica": 0, "stage": rank, "shard": 0}
-    figures = {"in_flight_s": 2.0 * rank, "bytes_sent": 10, "weight_bytes": 4, "peak_memory_bytes": 8}
+    figures = {
+        "in_flight_s": 2.0 * rank,
+        "bytes_sent": 10,
+        "weight_bytes": 4,
+        "peak_memory_bytes": 8,
+        "read_bytes": 2_000_000,
+        "storage_bytes": 1_000_000,
+    }
     return {
         "rank": rank,
         "host": "h",
@@ -325,4 +274,6 @@ def test_timing_adds_up():
     assert (report["records_per_s"], report["tokens_per_s"], report["all_tokens_per_s"]) == (0.5, 1.0, 4.0)
     table = timing_table(report)
     assert "predicted 9.00 s" in table
+    assert "MB of weights read, " in table
+    assert " MB fetched from storage)" in table
     assert len(table.splitlines()) == 5

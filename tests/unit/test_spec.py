@@ -62,7 +62,7 @@ def test_fingerprint_ignores_the_layout_and_sees_what_decides_results():
         ({"generate": {"n": 2}}, ["generate.n=2", "greedy", "temperature"]),
         ({"generate": {"min_new_tokens": 65}}, ["min_new_tokens=65", "max_new_tokens=64"]),
         ({"embed": {"pooling": "max"}}, ["embed.pooling='max'", "mean"]),
-        ({"transport": {"wire": "int8"}}, ["transport.wire='int8'", "none"]),
+        ({"transport": {"wire": "int4"}}, ["transport.wire='int4'", "none", "int8"]),
     ],
 )
 def test_refusals_name_value_rule_and_fix(change, words):

@@ -19,7 +19,7 @@ from mpinfer.models.fused import FusedLinear
 from mpinfer.models.sources import Slice, Source
 from mpinfer.models.tensor_parallel import Shard
 from mpinfer.plan.block import vocabulary_share
-from mpinfer.plan.shards import fill_up, split
+from mpinfer.plan.shards import split, split_evenly
 
 HEADS = {**MODERN, "hidden_size": 144, "num_attention_heads": 9, "num_key_value_heads": 3, "num_hidden_layers": 2}
 UNEVEN = {
@@ -127,19 +127,19 @@ def test_even_shares_differ_by_at_most_one_unit(units, count):
         assert max(lengths) - min(lengths) <= 1
 
 
-@given(st.integers(64, 5000), st.floats(1, 1e6), st.lists(st.floats(0, 1), min_size=2, max_size=6))
-def test_filled_up_shards_are_even_to_an_aligned_block(units, unit_bytes, held):
-    held_bytes = [each * units * unit_bytes / len(held) for each in held]  # never more than an even share
-    parts = fill_up(units, unit_bytes, held_bytes)
-    totals = [each + len(part) * unit_bytes for each, part in zip(held_bytes, parts, strict=True)]
-    assert sum(map(len, parts)) == units
-    # Both ends of a part are rounded to a block, and the last block may hold less than one.
-    assert max(totals) - min(totals) <= 3.01 * max(1, units // (4 * len(held))) * unit_bytes
+@given(st.integers(1, 5000), st.integers(1, 20))
+def test_columns_are_divided_evenly_to_an_aligned_block(units, parts):
+    if units < parts:
+        return
+    lengths = [len(part) for part in split_evenly(units, parts)]
+    assert sum(lengths) == units
+    # The last block may hold less than the others; a block is at most a quarter of a part.
+    assert max(lengths) - min(lengths) < max(2, 2 * units / (4 * parts))
 
 
-def test_three_heads_over_two_shards_and_the_mlp_makes_up_for_it():
+def test_three_heads_over_two_shards_are_uneven_and_columns_are_not():
     assert [len(part) for part in split(3, [1, 1])] == [2, 1]
-    assert [len(part) for part in fill_up(1536, 3 * 576, [1024 * 576, 512 * 576])] == [704, 832]
+    assert [len(part) for part in split_evenly(1536, 2)] == [768, 768]
 
 
 def test_the_vocabulary_belongs_to_the_shards_of_the_last_stage():
