@@ -46,7 +46,7 @@ def timing(plan: Plan, records: int, wall_s: float, before: Before, accounts: li
         "tokens_per_s": new_tokens / wall_s,
         "all_tokens_per_s": (prompt_tokens + new_tokens) / wall_s,
         "bubble": waits / (wall_s * len(accounts)),
-        "overlap": 1 - send_wait_s / in_flight_s if in_flight_s else None,
+        "overlap": max(0.0, 1 - send_wait_s / in_flight_s) if in_flight_s else None,
         "imbalance": max(compute) / mean - 1 if mean else 0.0,
         "ranks": accounts,
     }
