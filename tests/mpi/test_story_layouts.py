@@ -20,16 +20,11 @@ def story(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return small_story(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def is_sampled(mpi: Mpi, layout: tuple[int, int]) -> bool:
-    """Whether to run without --run-slow, too: what differs between MPIs is the transport alone."""
-    return layout == (2, 2) or (layout == (1, 3) and mpi == find_mpis()[0])
-
-
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout[0]}x{layout[1]}")
 def test_every_layout_gives_what_plain_torch_gives(
     mpi: Mpi, story: Any, layout: tuple[int, int], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    if not is_sampled(mpi, layout) and not request.config.getoption("--run-slow"):
+    if layout != (2, 2) and not request.config.getoption("--run-slow"):
         pytest.skip("slow: give --run-slow")
     run_and_compare(mpi, *story, layout, tmp_path / "out")
 
