@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from dataclasses import dataclass
 
 from mpinfer.cluster.binding import Binding, allowed_cores, apply_binding, choose_binding, cpu_quota, physical_cores
@@ -9,6 +10,8 @@ from mpinfer.cluster.context import LaunchContext, check_world, read_context
 from mpinfer.errors import ExitCode, LaunchError
 from mpinfer.transport.control import COORDINATOR
 from mpinfer.transport.endpoint import Endpoint, everywhere, install_abort_hook
+
+_TELLING_S = 2.0  # for rank 0 to say what is wrong: launchers may end everything with the first rank that leaves
 
 
 @dataclass
@@ -57,6 +60,7 @@ def join_world() -> World:
         check_world(context, endpoint.rank, endpoint.size)
     except LaunchError:
         if context.rank != COORDINATOR:  # every rank finds the same; told once is enough
+            time.sleep(_TELLING_S)
             sys.exit(ExitCode.BAD_INPUT)
         raise
     everyone = endpoint.all_gather([context.node, sorted(allowed_cores())])

@@ -94,10 +94,6 @@ class Sequence:
             return int(stop == self.length)
         return max(0, stop - max(start, self.sample_from))
 
-    def append(self, token: int) -> None:
-        self.new_tokens.append(token)
-        self.length += 1
-
 
 @dataclass
 class _Group:
@@ -244,7 +240,8 @@ class Scheduler:
 
     def _take(self, sequence: Sequence, limits: Limits, token: int, kept: Any) -> bool:
         """Append a new token and what is to be kept of it; whether the sequence ends there."""
-        sequence.append(token)
+        sequence.new_tokens.append(token)
+        sequence.length += 1
         sequence.results.append(kept)
         self.held_tokens += 1
         reason = limits.finish_reason(sequence.new_tokens)

@@ -54,7 +54,6 @@ class _Matrix:
     path: str
     by_rows: bool
     sizes: tuple[int, ...]  # of the matrices side by side in it, along the axis that is divided
-    weights: int
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def plan_layer(layer: nn.Module, layers_name: str, config: Any) -> LayerSplit:
             sizes = tuple(columns * part // (heads + 2 * kv_heads) for part in (heads, kv_heads, kv_heads))
         elif name in _WITH_HALVES:
             sizes = (columns // 2,) * 2
-        groups.setdefault(parent, []).append(_Matrix(path, by_rows, sizes, rows * columns))
+        groups.setdefault(parent, []).append(_Matrix(path, by_rows, sizes))
     attentions = [parent for parent in groups if type(layer.get_submodule(parent)).__name__.endswith("Attention")]
     mlps = [parent for parent in groups if parent not in attentions]
     if len(attentions) != 1 or len(mlps) != 1 or any(sum(m.by_rows for m in of) != 1 for of in groups.values()):
