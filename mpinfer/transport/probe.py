@@ -17,13 +17,16 @@ from mpinfer.plan.machine import TYPICAL_INSIDE, Link
 from mpinfer.transport.endpoint import Endpoint
 
 _PAIRS_BETWEEN = 4
-_BUDGET_S = 0.1  # of a pair; the round that is under way then is finished
+_BUDGET_S = 0.1  # of a pair, and so many round trips; the round that is under way then is finished
+_ROUND_TRIPS = 30  # so that far apart, too, there is time for TCP to open its window
+_MOST_S = 0.4  # of a pair, all the same
 _PINGS = 100
 _TRANSFERS = 6  # of one size
 _MESSAGES = 4  # of a transfer, on their way at once
 _SIZES = (2**14, 2**17, 2**20)  # bytes of a message; a slow network uses up the budget before the largest
 _SPIN_S = 2e-3  # the other rank answers at once, unless it waits for a core
 
+_MANY_ROUND_TRIPS = 4.0  # a transfer that takes fewer is mostly latency: it says little, larger ones more
 _LEAST_SHARE = 0.1  # of a transfer's time that its bytes take, whatever the latency was
 
 _TAG = 1
@@ -82,11 +85,14 @@ def _measure(endpoint: Endpoint, leader: int, follower: int) -> Link:
 def _lead(follower: "_Peer") -> tuple[float, float]:
     """Half the round trip of a small message in seconds, and bytes per second of large ones; the best of each."""
     follower.ping_s()  # the follower may come late: the clock starts once it is there
-    deadline = time.perf_counter() + _BUDGET_S
-    latency_s = min(_repeat(follower.ping_s, _PINGS, deadline - _BUDGET_S / 2)) / 2
+    started = time.perf_counter()
+    latency_s = min(_repeat(follower.ping_s, _PINGS, started + _BUDGET_S / 2)) / 2
+    deadline = started + min(_BUDGET_S + _ROUND_TRIPS * 2 * latency_s, _MOST_S)
     for size in _SIZES:
         if size == _SIZES[0] or time.perf_counter() < deadline:
-            transfer_s = min(_repeat(partial(follower.transfer_s, size), _TRANSFERS, deadline))
+            transfer_s = follower.transfer_s(size)
+            if transfer_s > _MANY_ROUND_TRIPS * 2 * latency_s or size == _SIZES[-1]:
+                transfer_s = min(transfer_s, *_repeat(partial(follower.transfer_s, size), _TRANSFERS, deadline))
             # Messages and answer take the latency, too; where that is nearly all, what is left is a rough guess.
             bytes_per_s = _MESSAGES * size / max(transfer_s - 2 * latency_s, _LEAST_SHARE * transfer_s)
     follower.tell(_STOP)
