@@ -3,10 +3,11 @@
     .venv/bin/python benchmarks/uneven.py [--jobs smollm2 efficientnet] [--rounds 3]
 
 A rank has 0.42 of a core, the slow one 0.14 (quota.py), and no two run on a core at once: four processors of their own
-on two cores. Nothing is declared: mpinfer finds the slow rank. There are two ideals for the summed speed: by what a rank
-alone takes, which also pays for smaller batches and for messages, and by what four equal ranks in the same layout take,
-which pays for nothing but the slow rank. An even static split of the records is the slow rank alone with a quarter of
-them; one of the stages is a run whose cluster file calls all ranks equal. Needs Open MPI. Medians of a few rounds.
+on two cores. Nothing is declared: mpinfer finds the slow rank. There are two ideals for the summed speed: by what a
+rank alone takes, which also pays for smaller batches and for messages, and by what four equal ranks in the same layout
+take, which pays for nothing but the slow rank. An even static split of the records is the slow rank alone with a
+quarter of them; one of the stages is a run whose cluster file calls all ranks equal. Needs Open MPI. Medians of a few
+rounds.
 """
 
 import argparse

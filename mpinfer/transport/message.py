@@ -353,7 +353,8 @@ def _fills_its_memory(tensor: torch.Tensor) -> bool:
 
 
 def _unused(size_bytes: int) -> torch.Tensor:
-    return torch.empty(size_bytes, dtype=torch.uint8)  # takes no memory before it is used
+    # Takes no memory before it is used, and then large pages: numpy asks for them where torch does not.
+    return torch.from_numpy(np.empty(size_bytes, dtype=np.uint8))
 
 
 def _cut_short(plan: ChannelPlan, number: int, received_bytes: int, expected_bytes: int) -> TransportError:
