@@ -1,6 +1,7 @@
 """One rank of a replica that computes in one pass: builds its stage and channels, runs the loop, closes its books."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,20 @@ from mpinfer.forward.results import ResultSink
 from mpinfer.forward.stage import ForwardStage
 from mpinfer.forward.tasks import make_task
 from mpinfer.models.graph import GraphSkeleton
+from mpinfer.models.tensor_parallel import Shard
 from mpinfer.observe.account import Account
-from mpinfer.pipeline.links import Links
+from mpinfer.pipeline.links import Copied, Links
 from mpinfer.pipeline.timing import steady_s
 from mpinfer.pipeline.worker import Worker
 from mpinfer.plan.cost import Demand, Timed
 from mpinfer.plan.layout import Plan
 from mpinfer.plan.schedule import stream
-from mpinfer.spec import JobSpec, arrays_in_files
+from mpinfer.spec import JobSpec, Wire, arrays_in_files
 from mpinfer.transport.codec import padded
 from mpinfer.transport.endpoint import Endpoint
 from mpinfer.transport.message import ChannelPlan, Inbox, Message, Outbox
 
-_TAG = 1
+_TAG, _COPIES_TAG = 1, 2
 
 
 class ForwardRank:
@@ -41,9 +43,11 @@ class ForwardRank:
         self._account = Account()
         endpoint.serving = lambda: self._account.phase("overhead")
         self._links = Links(endpoint, self._account, spec.transport)
+        self._divided = layout.shards > 1
+        shard = self._join_shards()
         started = time.perf_counter()
         start, stop = layout.blocks_of(self.coordinates.stage)
-        self._part = skeleton.load_part(start, stop, device, layout.micro_batch, endpoint.progress)
+        self._part = skeleton.load_part(start, stop, device, layout.micro_batch, endpoint.progress, shard)
         self._load_s = time.perf_counter() - started
         self._stage = ForwardStage(self._part)
         self._inbox: Inbox = self._make_inbox()
@@ -53,15 +57,17 @@ class ForwardRank:
         """A full micro-batch, timed on this stage. Also its warm-up; leaves no trace."""
         start, _ = self._layout.blocks_of(self.coordinates.stage)
         rows = self._layout.micro_batch
-        message = Message(np.zeros(1, dtype=np.int32), tuple(self._skeleton.example(start, rows)))
-        return [Timed(Demand(rows), steady_s(lambda: self._stage.forward(message)))]
+        message = Message(np.zeros(1, dtype=np.int32), tuple(self._skeleton.example(start, rows, self._divided)))
+        return [Timed(Demand(rows), steady_s(lambda: self._stage.forward(message), self._agree))]
 
     def run(self) -> None:
         """The loop, until the stream of batches ends."""
         self._account.restart()
+        self._links.restart()
         with self._links.progressing():
             self._worker.run(stream())
             self._inbox.close()
+            self._links.close()
 
     def close_account(self) -> dict[str, Any]:
         """This rank's figures, all measured: seconds per phase, bytes over channels and in control messages."""
@@ -76,10 +82,27 @@ class ForwardRank:
             "read_s": self._load_s,
         }
 
+    def _join_shards(self) -> Shard | None:
+        """This rank among those that hold its stage with it; None where it holds the stage alone."""
+        self._agree: Callable[[bool], bool] = bool
+        if not self._divided:
+            return None
+        group = self._links.shard_group(self._layout.stage_ranks(self.coordinates.stage))
+        self._agree = group.any
+        return Shard(self.coordinates.shard, self._layout.shards, group.all_reduce)
+
     def _make_inbox(self) -> Inbox:
-        """Of a first stage the records, of another one the channel from the one before."""
-        if self.coordinates.stage > 0:
-            return self._links.inbox(self._channel(self.coordinates.stage))
+        """Of a first stage the records, which its first shard copies to the others; of another one the channel from the
+        same shard of the one before."""
+        stage, shard = self.coordinates.stage, self.coordinates.shard
+        if stage > 0:
+            return self._links.inbox(self._activations_into(stage, shard))
+        if shard > 0:
+            return self._links.inbox(self._batches_of(shard))
+        copies = [self._links.outbox(self._batches_of(other)) for other in range(1, self._layout.shards)]
+        return Copied(self._batches(), copies) if copies else self._batches()
+
+    def _batches(self) -> BatchSource:
         program, fixed = self._skeleton.program, self._skeleton.fixed_batch
         preparer = make_preparer(self._spec)
         return BatchSource(
@@ -95,27 +118,50 @@ class ForwardRank:
         )
 
     def _make_outbox(self) -> Outbox:
-        """Of a last stage the results, of another one the channel to the next."""
-        if self.coordinates.stage < self._layout.stages - 1:
-            return self._links.outbox(self._channel(self.coordinates.stage + 1))
+        """Of a last stage the results, which all its shards have and the first one sends; of another one the channel to
+        the same shard of the next."""
+        stage, shard = self.coordinates.stage, self.coordinates.shard
+        if stage < self._layout.stages - 1:
+            return self._links.outbox(self._activations_into(stage + 1, shard))
+        if shard > 0:
+            return _Nowhere()
         directory = Path(self._spec.output.path) if arrays_in_files(self._spec) else None
         return ResultSink(
             self._endpoint, make_task(self._spec), lambda: self._part.output_names, directory, self._account
         )
 
-    def _channel(self, destination: int) -> ChannelPlan:
-        """The link into a stage of this replica. Same on both ends."""
+    def _activations_into(self, stage: int, shard: int) -> ChannelPlan:
+        """From a shard of the stage before to the same one of a stage."""
+        ends = self._layout.rank(stage - 1, shard), self._layout.rank(stage, shard)
+        return self._channel(*ends, _TAG, stage, self._spec.transport.wire)
+
+    def _batches_of(self, shard: int) -> ChannelPlan:
+        """From the first shard of the first stage to another one, as they are: both must compute the same."""
+        return self._channel(self._layout.leader, self._layout.rank(0, shard), _COPIES_TAG, 0, "none")
+
+    def _channel(self, source: int, destination: int, tag: int, stage: int, wire: Wire) -> ChannelPlan:
+        """A link between two ranks of this replica, for what enters a stage. Same on both ends."""
         layout = self._layout
-        start, _ = layout.blocks_of(destination)
-        dimensions, sizes = self._skeleton.capacity(start, max(2, layout.micro_batch))
+        start, _ = layout.blocks_of(stage)
+        dimensions, sizes = self._skeleton.capacity(start, max(2, layout.micro_batch), self._divided)
         return ChannelPlan(
-            source=layout.rank(destination - 1),
-            destination=layout.rank(destination),
-            tag=_TAG,
+            source=source,
+            destination=destination,
+            tag=tag,
             header_words=layout.micro_batch,
             values=len(sizes),
             dimensions=dimensions,
             payload_bytes=sum(map(padded, sizes)),
             depth=max(2, layout.in_flight // layout.stages),
-            wire=self._spec.transport.wire,
+            wire=wire,
         )
+
+
+class _Nowhere:
+    """The outbox of one that has no say."""
+
+    def start(self, micro_batch: int, message: Message) -> None:
+        """What the first shard sends is enough."""
+
+    def drain(self) -> None:
+        """Nothing was sent."""

@@ -76,8 +76,9 @@ class DecoderSkeleton:
         layers = []
         for index, layer in enumerate(self.layers):
             flops = 2.0 * sum(p.numel() for p in layer.parameters() if p.dim() > 1)
-            layers.append(Block(f"layer.{index}", self._weights(layer), flops, 0.0, self._kv_bytes_per_token()))
-        first = Block("embed", embedding, 0.0, 0.0)
+            weights, kv_bytes = self._weights(layer), self._kv_bytes_per_token()
+            layers.append(Block(f"layer.{index}", weights, flops, 0.0, kv_bytes, reductions=2))
+        first = Block("embed", embedding, 0.0, 0.0, reductions=1)
         most_shards, problem = self._most_shards()
         summary = functools.partial(ModelSummary, most_shards=most_shards, shards_problem=problem)
         if not with_head:

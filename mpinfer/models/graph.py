@@ -16,9 +16,11 @@ from mpinfer.errors import ModelError
 from mpinfer.models.build import Built, build
 from mpinfer.models.convolution import PackedConvolution, can_pack, find_groups
 from mpinfer.models.cut import Cutter, concrete, size_bytes
+from mpinfer.models.graph_parallel import Division, divide
 from mpinfer.models.linear import LayerTuner, packed_bytes
 from mpinfer.models.profile import estimated_cost, operation_seconds, probe
 from mpinfer.models.program import InputShape, Program, bind_inputs, named_outputs
+from mpinfer.models.tensor_parallel import Shard
 from mpinfer.plan.block import Block, ModelSummary
 from mpinfer.plan.cost import ZERO, Curve, Rates
 from mpinfer.plugins import one_line
@@ -27,6 +29,7 @@ from mpinfer.spec import AUTO, JobSpec
 MICRO_BATCH = 8  # records, unless a quarter or four times as many compute faster
 _VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 _LINEAR = torch.ops.aten.linear.default
+_LEAST_SHARED = 0.5  # of a program's cost: else shards would mostly do the same
 _UNKNOWN_S = 1e-3  # of a record, until a model that cannot be traced is loaded and timed
 _NEAR, _SAME = 0.04, 0.005  # of the program's cost: a cut gives way to one so near that carries half; to any so near
 
@@ -44,7 +47,10 @@ class GraphSkeleton:
         self.problem = self._built.problem  # why it cannot be cut; "" if it can
         if self._built.program is not None:
             self._cutter = Cutter(self._built.program)
-            self._boundaries = self._choose_boundaries()
+            self._division = Division(self._built.program)
+            candidates = self._cutter.candidates()
+            whole = [p for p in candidates if not any(map(self._division.is_divided, self._cutter.crossing(p)))]
+            self._boundaries = {False: self._choose_boundaries(candidates), True: self._choose_boundaries(whole)}
 
     @property
     def program(self) -> Program | None:
@@ -65,27 +71,60 @@ class GraphSkeleton:
             weights = tuple((name, tensor.nbytes) for name, tensor in self._built.model.state_dict().items())
             return ModelSummary((Block("whole", weights, 1.0, 0.0),), micro_batch=MICRO_BATCH, problem=self.problem)
         batch = self._fastest_batch()
-        seconds = self._profiles[batch]
+        most_shards, shards_problem = self._most_shards()
+        return ModelSummary(
+            self._blocks(batch, divided=False),
+            micro_batch=batch,
+            micro_batch_is_fixed=self.fixed_batch is not None,
+            most_shards=most_shards,
+            shards_problem=shards_problem,
+            row_bytes=self.row_bytes,
+            divisible=self._blocks(batch, divided=True) if most_shards > 1 else (),
+        )
+
+    def _blocks(self, batch: int, divided: bool) -> tuple[Block, ...]:
+        """As one rank holds a stage, or several do; `batch`: that operations were timed with."""
+        assert self._built.program is not None
+        seconds, shared = self._profiles[batch], self._division.weights
         blocks = []
-        for number, (start, stop) in enumerate(pairwise(self._boundaries)):
+        for number, (start, stop) in enumerate(pairwise(self._boundaries[divided])):
             nodes = self._cutter.weights(start, stop)
             names = [self._built.program.weights[node] for node in nodes]
             sizes = [size_bytes(node.meta["val"], {}) for node in nodes]
-            name = names[0].rpartition(".")[0] if names else f"block.{number}"
-            weights = tuple(zip(names, sizes, strict=True))
-            blocks.append(Block(name, weights, sum(seconds[start:stop]) / batch, 0.0))
-        return ModelSummary(
-            tuple(blocks),
-            micro_batch=batch,
-            micro_batch_is_fixed=self.fixed_batch is not None,
-            shards_problem="only decoders are divided into shards",
-            row_bytes=self.row_bytes,
-        )
+            operations = self._cutter.operations[start:stop]
+            alone_s = (s for s, node in zip(seconds[start:stop], operations, strict=True) if not self._is_shared(node))
+            blocks.append(
+                Block(
+                    names[0].rpartition(".")[0] if names else f"block.{number}",
+                    tuple(zip(names, sizes, strict=True)),
+                    sum(seconds[start:stop]) / batch,
+                    0.0,
+                    reductions=sum(map(self._division.is_summed, operations)),
+                    whole=frozenset(name for name, node in zip(names, nodes, strict=True) if node not in shared),
+                    whole_cost=sum(alone_s) / batch,
+                )
+            )
+        return tuple(blocks)
+
+    def _is_shared(self, node: fx.Node) -> bool:
+        return self._division.is_divided(node) or self._division.is_summed(node)
+
+    def _most_shards(self) -> tuple[int, str]:
+        """How many ranks can hold a stage together, and why not more."""
+        if self._spec.model.quantize != "none":
+            return 1, f"model.quantize={self._spec.model.quantize} is not divided in models of one pass"
+        symbols = self._symbols(self.fixed_batch or MICRO_BATCH)
+        costs = {node: estimated_cost(node, symbols) for node in self._cutter.operations}
+        share = sum(cost for node, cost in costs.items() if self._is_shared(node)) / sum(costs.values())
+        if share < _LEAST_SHARED:
+            return 1, f"{share:.0%} of its work lies between matrices of which one can be divided by columns"
+        most = self._division.most_shards
+        return most, f"a matrix has {most} heads or columns"
 
     @property
     def row_bytes(self) -> float:
         """Of what crosses between blocks for a record, in the mean."""
-        inner = range(1, len(self._boundaries) - 1) if self._built.program is not None else ()
+        inner = range(1, len(self._boundaries[False]) - 1) if self._built.program is not None else ()
         return sum(sum(self.capacity(block, MICRO_BATCH)[1]) for block in inner) / MICRO_BATCH / max(1, len(inner))
 
     def _fastest_batch(self) -> int:
@@ -122,19 +161,22 @@ class GraphSkeleton:
             return 1.0, 1.0
         return probe(self._cutter.operations, self._symbols(self.fixed_batch or MICRO_BATCH))
 
-    def capacity(self, block: int, batch: int) -> tuple[int, list[int]]:
-        """Of a message that crosses into a block: the sum of its values' dimensions, and the most bytes of each."""
-        crossing = self._cutter.crossing(self._boundaries[block])
+    def capacity(self, block: int, batch: int, divided: bool = False) -> tuple[int, list[int]]:
+        """Of a message that crosses into a block: the sum of its values' dimensions, and the most bytes of each.
+
+        `divided`: whether blocks are those of stages of several shards, here and below.
+        """
+        crossing = self._cutter.crossing(self._boundaries[divided][block])
         symbols = self._symbols(batch, longest=True)
         sizes = [size_bytes(node.meta["val"], symbols) for node in crossing]
         return sum(getattr(node.meta["val"], "ndim", 0) for node in crossing), sizes
 
-    def example(self, block: int, batch: int) -> list[Any]:
+    def example(self, block: int, batch: int, divided: bool = False) -> list[Any]:
         """What enters a block when a batch of records like the first one comes, as zeros."""
         if self._built.program is None:
             return [torch.zeros(s.batch(batch), dtype=getattr(torch, s.dtype)) for s in self._shapes.values()]
         symbols = self._symbols(batch)
-        values = [node.meta["val"] for node in self._cutter.crossing(self._boundaries[block])]
+        values = [node.meta["val"] for node in self._cutter.crossing(self._boundaries[divided][block])]
         return [
             torch.zeros([concrete(n, symbols) for n in value.shape], dtype=value.dtype)
             if isinstance(value, torch.Tensor)
@@ -150,26 +192,32 @@ class GraphSkeleton:
         return [batch[by_node[node]] for node in self._cutter.crossing(0)]
 
     def load_part(
-        self, start: int, stop: int, device: str, micro_batch: int, on_block: Callable[[], None]
+        self,
+        start: int,
+        stop: int,
+        device: str,
+        micro_batch: int,
+        on_block: Callable[[], None],
+        shard: Shard | None = None,
     ) -> "GraphPart | WholePart":
-        """Blocks [start, stop) with their weights, ready to run. Reads no others.
+        """Blocks [start, stop) with their weights, ready to run, or a shard's part of them. Reads no others.
 
         `on_block` is called before each block (the transport makes progress there).
         """
         if self._built.program is None:
             return WholePart(self._built, list(self._shapes), device)
-        return _Loader(self._built, self._cutter, self._symbols(micro_batch), device, self._spec.model.quantize).load(
-            self._boundaries[start : stop + 1], on_block
-        )
+        loader = _Loader(self._built, self._cutter, self._symbols(micro_batch), device, self._spec.model.quantize)
+        if shard is not None:
+            loader.divide(self._division, shard)
+        return loader.load(self._boundaries[shard is not None][start : stop + 1], on_block)
 
-    def _choose_boundaries(self) -> list[int]:
-        """Cuts before operations with weights; of those that are near each other the ones that carry least."""
+    def _choose_boundaries(self, candidates: Sequence[int]) -> list[int]:
+        """Of places to cut that are near each other the ones that carry least."""
         symbols = self._symbols(self.fixed_batch or MICRO_BATCH)
         costs = [estimated_cost(node, symbols) for node in self._cutter.operations]
         before = [0.0, *accumulate(costs)]
         carried = {
-            p: sum(size_bytes(node.meta["val"], symbols) for node in self._cutter.crossing(p))
-            for p in self._cutter.candidates()
+            p: sum(size_bytes(node.meta["val"], symbols) for node in self._cutter.crossing(p)) for p in candidates
         }
         kept: list[int] = []
         for position in sorted(carried, key=carried.__getitem__):
@@ -270,12 +318,20 @@ class _Loader:
         given = [*self._program.weights, *self._program.constants]
         self._names = {node: f"tensor{number}" for number, node in enumerate(given)}
         self._nodes = {name: node for node, name in self._names.items()}
+        self._division: Division | None = None
+        self._shard: Shard | None = None
+
+    def divide(self, division: Division, shard: Shard) -> None:
+        """Load what a shard has of the blocks, which are those of stages of several shards."""
+        self._division, self._shard = division, shard
 
     def load(self, boundaries: Sequence[int], on_block: Callable[[], None]) -> GraphPart:
         graphs = []
         for start, stop in pairwise(boundaries):
             graph = self._cutter.segment(start, stop, self._names)
             self._place(graph)
+            if self._shard is not None:
+                divide(graph, self._shard, self._root)
             self._use_convolutions(graph)
             self._use_layers(graph)
             for node in graph.find_nodes(op="get_attr"):
@@ -322,11 +378,10 @@ class _Loader:
                 continue
             path = "_".join(["linear", *(str(source.target) for source in given)])
             if not hasattr(self._root, path):
-                rows = size_bytes(node.meta["val"], self._symbols) // node.meta["val"].element_size()
+                whole = node.meta["val"]
+                rows = size_bytes(whole, self._symbols) // whole.element_size() // int(whole.shape[-1])
                 layer = self._linear(str(weight.target), None if bias is None else str(bias.target))
-                tuner = self._tuners.setdefault(
-                    rows // layer.out_features, LayerTuner(rows // layer.out_features, self._quantize)
-                )
+                tuner = self._tuners.setdefault(rows, LayerTuner(rows, self._quantize))
                 self._root.add_module(path, tuner.tune(layer))
             with graph.inserting_before(node):
                 call = graph.call_module(path, (x,))
@@ -368,11 +423,12 @@ class _Loader:
             self._root.register_buffer(name, self._tensor(name))
 
     def _tensor(self, name: str) -> torch.Tensor:
-        """A weight, read from the store. One that two blocks of a part share is held once."""
+        """A weight, or this shard's part, read from the store. One that two blocks of a part share is held once."""
         node = self._nodes[name]
         value = node.meta["val"]
-        target = torch.empty(tuple(map(int, value.shape)), dtype=value.dtype)
-        self._read_bytes += self._store.load(self._program.weights[node], target)
+        part = self._division.part(node, self._shard) if self._division and self._shard else None
+        target = torch.empty(tuple(map(int, value.shape)) if part is None else part.shape, dtype=value.dtype)
+        self._read_bytes += self._store.load(self._program.weights[node], target, part)
         return target.to(self._device)
 
     def _place(self, graph: fx.Graph) -> None:

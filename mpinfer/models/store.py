@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -10,16 +11,15 @@ from torch import nn
 
 from mpinfer.errors import ModelError
 from mpinfer.models.checkpoint import Checkpoint
-from mpinfer.models.sources import Source
-from mpinfer.models.weights import read_into
+from mpinfer.models.sources import Slice, Source
 from mpinfer.plugins import one_line
 
 
 class Store(Protocol):
     """Tensors by the model's own names."""
 
-    def load(self, name: str, target: torch.Tensor) -> int:
-        """Fill `target`; returns the bytes read. Raises `ModelError`."""
+    def load(self, name: str, target: torch.Tensor, part: Slice | None = None) -> int:
+        """Fill `target` with a tensor, or a part of it; returns the bytes read. Raises `ModelError`."""
 
 
 class StoredFiles:
@@ -31,8 +31,8 @@ class StoredFiles:
     def names(self) -> Iterable[str]:
         return self._checkpoint.tensors
 
-    def load(self, name: str, target: torch.Tensor) -> int:
-        return read_into(self._checkpoint, name, target)
+    def load(self, name: str, target: torch.Tensor, part: Slice | None = None) -> int:
+        return Source({"": [name]}, part=part).load(self._checkpoint, target)
 
 
 class ConvertedFiles:
@@ -41,8 +41,8 @@ class ConvertedFiles:
     def __init__(self, checkpoint: Checkpoint, sources: Mapping[str, Source]) -> None:
         self._checkpoint, self._sources = checkpoint, sources
 
-    def load(self, name: str, target: torch.Tensor) -> int:
-        return self._sources[name].load(self._checkpoint, target)
+    def load(self, name: str, target: torch.Tensor, part: Slice | None = None) -> int:
+        return replace(self._sources[name], part=part).load(self._checkpoint, target)
 
 
 class PickledStateDict:
@@ -70,15 +70,16 @@ class PickledStateDict:
     def names(self) -> Iterable[str]:
         return self._tensors
 
-    def load(self, name: str, target: torch.Tensor) -> int:
+    def load(self, name: str, target: torch.Tensor, part: Slice | None = None) -> int:
         stored = self._tensors[name]
-        if stored.shape != target.shape:
+        shape = target.shape if part is None else torch.Size(part.whole)
+        if stored.shape != shape:
             raise ModelError(
                 f"{self._file}: tensor {name!r} has shape {list(stored.shape)}, the model asks for "
-                f"{list(target.shape)}; check that they are of the same model"
+                f"{list(shape)}; check that they are of the same model"
             )
-        target.data.copy_(stored)
-        return stored.nbytes
+        target.data.copy_(stored if part is None else part.of(stored))
+        return target.numel() * stored.element_size()
 
     def _open(self, trust: bool, mmap: bool) -> object:
         try:
@@ -102,8 +103,9 @@ class HeldTensors:
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._tensors = tensors
 
-    def load(self, name: str, target: torch.Tensor) -> int:
-        target.data.copy_(self._tensors[name])
+    def load(self, name: str, target: torch.Tensor, part: Slice | None = None) -> int:
+        held = self._tensors[name]
+        target.data.copy_(held if part is None else part.of(held))
         return 0
 
 
@@ -138,5 +140,5 @@ class Renamed:
     def __init__(self, store: Store, names: Mapping[str, str]) -> None:
         self._store, self._names = store, names
 
-    def load(self, name: str, target: torch.Tensor) -> int:
-        return self._store.load(self._names[name], target)
+    def load(self, name: str, target: torch.Tensor, part: Slice | None = None) -> int:
+        return self._store.load(self._names[name], target, part)

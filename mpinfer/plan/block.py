@@ -16,10 +16,18 @@ class Block:
     )
     cost_per_sample: float  # for every token that is sampled: the head sees only those
     kv_bytes_per_token: int = 0  # of keys and values
+    reductions: int = 0  # all-reduces of a row's activations, where shards divide it
+    whole: frozenset[str] = frozenset()  # weights that every shard holds
+    whole_cost: float = 0.0  # of the cost per token, what every shard does for itself
 
     @property
     def weight_bytes(self) -> int:
         return sum(size for _, size in self.weights)
+
+    def divided(self, shards: int) -> "Block":
+        """With weights and costs of so many shards together."""
+        weights = tuple((name, size * shards if name in self.whole else size) for name, size in self.weights)
+        return replace(self, weights=weights, cost_per_token=self.cost_per_token + (shards - 1) * self.whole_cost)
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,7 @@ class ModelSummary:
     """A model as an ordered list of blocks.
 
     `ends`: first and last block of a pipeline of several stages, when its ends share the output embedding.
+    `divisible`: the blocks between which stages of several shards may be cut, if not all.
     """
 
     blocks: tuple[Block, ...]
@@ -37,6 +46,7 @@ class ModelSummary:
     most_shards: int = 1
     shards_problem: str = ""  # why not more
     row_bytes: float = 0.0  # of the activations of a token or record between blocks
+    divisible: tuple[Block, ...] = ()
 
     @property
     def decodes(self) -> bool:
@@ -46,7 +56,9 @@ class ModelSummary:
     def for_stages(self, stages: int, shards: int) -> "ModelSummary":
         """The blocks as a pipeline of so many stages holds them. Shards of a last stage share the output embedding
         among themselves."""
-        if stages == 1 or shards > 1 or self.ends is None:
+        if shards > 1:
+            return replace(self, blocks=tuple(b.divided(shards) for b in self.divisible or self.blocks), ends=None)
+        if stages == 1 or self.ends is None:
             return replace(self, ends=None)
         return replace(self, blocks=(self.ends[0], *self.blocks[1:-1], self.ends[1]), ends=None)
 

@@ -172,7 +172,7 @@ def stage_costs(
     costs = []
     for stage, speed in enumerate(speeds):
         blocks = model.blocks[cuts[stage] : cuts[stage + 1]]
-        reductions = sum(2 * bool(block.kv_bytes_per_token) for block in blocks) + (stage == 0)
+        reductions = sum(block.reductions for block in blocks)
         costs.append(
             StageCost(
                 rates,

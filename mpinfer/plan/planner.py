@@ -167,7 +167,7 @@ class _Planner:
         self._parallel, self._model, self._machine, self._rates = parallel, model, machine, rates
         self._estimator, self._records, self._kv_cache_bytes = estimator, records, kv_cache_bytes
         self._seats = machine.seats
-        self._models: dict[bool, tuple[ModelSummary, list[float]]] = {}
+        self._models: dict[tuple[bool, int], tuple[ModelSummary, list[float]]] = {}
         self._cuts: dict[Any, tuple[int, ...] | None] = {}  # by what is alike of the ranks
         self._known: dict[Any, Simulated] = {}  # simulations by all that they depend on
 
@@ -334,8 +334,8 @@ class _Planner:
 
     def _problem(self, groups: Groups, shards: int) -> str:
         stages = max(len(group) for group in groups) // shards
-        if stages > len(self._model.blocks):
-            return f"{stages} stages, but {len(self._model.blocks)} blocks"
+        if stages > (blocks := len(self._model.for_stages(stages, shards).blocks)):
+            return f"{stages} stages, but {blocks} blocks"
         if stages > 1 and self._model.problem:
             return f"the model cannot be cut ({self._model.problem})"
         teams = (group[i : i + shards] for group in groups for i in range(0, len(group), shards))
@@ -365,7 +365,7 @@ class _Planner:
     def _staged(self, stages: int, shards: int) -> tuple[ModelSummary, list[float]]:
         """The model as so many stages hold it, and what a record asks of each block, prefill and decode weighed as the
         job mixes them."""
-        key = stages > 1 and shards == 1
+        key = stages > 1 and shards == 1, shards
         if key not in self._models:
             model = self._model.for_stages(stages, shards)
             self._models[key] = model, block_seconds(model, self._rates, self._estimator.mix(model.micro_batch))
@@ -547,7 +547,7 @@ class _Planner:
         """How many ranks like these, or how much memory, would do; as the end of a message."""
         poorest = min(self._seats, key=lambda seat: seat.memory_bytes)
         shards = 1 if self._parallel.shards == AUTO else self._parallel.shards
-        blocks = len(self._model.blocks)
+        blocks = len(self._model.for_stages(1, shards).blocks)
         needs = []
         for stages in range(1, 1 + (1 if self._model.problem else blocks)):
             model = self._model.for_stages(stages, shards)

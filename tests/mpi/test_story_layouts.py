@@ -11,7 +11,8 @@ import yaml
 from harness import REPO, Mpi, complete_run, find_mpis, read_jsonl
 from stories import STORIES, Reference, missing, reference, small_story
 
-LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 3)]  # replicas x stages
+LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 3, 1)]  # replicas x stages x shards
+ENCODERS = ["embed_sentences"]  # those that shards divide
 RELATIVE = 1e-5  # of the largest number of a record's output
 
 
@@ -20,13 +21,24 @@ def story(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return small_story(request.param, tmp_path_factory.mktemp(request.param))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout[0]}x{layout[1]}")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "x".join(map(str, layout)))
 def test_every_layout_gives_what_plain_torch_gives(
-    mpi: Mpi, story: Any, layout: tuple[int, int], tmp_path: Path, request: pytest.FixtureRequest
+    mpi: Mpi, story: Any, layout: tuple[int, int, int], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    if layout != (2, 2) and not request.config.getoption("--run-slow"):
+    if layout != (2, 2, 1) and not request.config.getoption("--run-slow"):
         pytest.skip("slow: give --run-slow")
     run_and_compare(mpi, *story, layout, tmp_path / "out")
+
+
+@pytest.mark.parametrize("layout", [(1, 1, 2), (1, 2, 2)], ids=lambda layout: "x".join(map(str, layout)))
+@pytest.mark.parametrize("name", ENCODERS)
+def test_shards_give_what_plain_torch_gives(
+    mpi: Mpi, name: str, layout: tuple[int, int, int], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    ordinary = (mpi.name, layout) in [("openmpi", (1, 2, 2)), ("mpich", (1, 1, 2))]
+    if not ordinary and not request.config.getoption("--run-slow"):
+        pytest.skip("slow: give --run-slow")
+    run_and_compare(mpi, *small_story(name, tmp_path), layout, tmp_path / "out")
 
 
 @pytest.mark.parametrize("story", STORIES)
@@ -36,9 +48,9 @@ def test_the_jobs_of_the_repository_run_as_they_are(one_mpi: Mpi, story: str, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout[0]}x{layout[1]}")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "x".join(map(str, layout)))
 @pytest.mark.parametrize("story", STORIES)
-def test_real_models_under_every_layout(mpi: Mpi, story: str, layout: tuple[int, int], tmp_path: Path) -> None:
+def test_real_models_under_every_layout(mpi: Mpi, story: str, layout: tuple[int, int, int], tmp_path: Path) -> None:
     make_what_is_missing(story)
     run_and_compare(mpi, REPO / "jobs" / f"{story}.yaml", reference(story), layout, tmp_path / "out")
 
@@ -64,12 +76,14 @@ def make_what_is_missing(story: str) -> None:
         pytest.skip(f"no {', '.join(missing(story))}: run the command at the beginning of jobs/{story}.yaml")
 
 
-def run_and_compare(mpi: Mpi, job: Path, wanted: Reference, layout: tuple[int, int] | None, directory: Path) -> None:
-    """`layout`: replicas x stages; None: the job's own."""
+def run_and_compare(
+    mpi: Mpi, job: Path, wanted: Reference, layout: tuple[int, int, int] | None, directory: Path
+) -> None:
+    """`layout`: replicas x stages x shards; None: the job's own."""
     given = yaml.safe_load(job.read_text(encoding="utf-8")).get("parallel", {})
-    replicas, stages = layout or (given["replicas"], given["stages"])
-    overrides = [f"parallel.replicas={replicas}", f"parallel.stages={stages}"]
-    output = complete_run(mpi, replicas * stages, job, directory, *overrides, cwd=REPO)
+    replicas, stages, shards = layout or (given["replicas"], given["stages"], 1)
+    overrides = [f"parallel.replicas={replicas}", f"parallel.stages={stages}", f"parallel.shards={shards}"]
+    output = complete_run(mpi, replicas * stages * shards, job, directory, *overrides, cwd=REPO)
     results = read_jsonl(output / "results.jsonl")
     assert [result["id"] for result in results] == list(wanted)
     for result in results:

@@ -569,10 +569,11 @@ def test_a_model_that_cannot_be_traced_runs_whole(rows: Path) -> None:
 
 def test_a_limit_that_the_whole_model_is_above(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.ones((4, 256), np.float32))
-    job = make_job(f"{HERE}:wide", tmp_path / "x.npy", parallel={"memory_limit_gb": 0.0008})  # 4 layers of 0.26 MB
+    limit = {"memory_limit_gb": 0.0008}
+    job = make_job(f"{HERE}:wide", tmp_path / "x.npy", parallel=limit)  # 4 layers of 0.26 MB
     words = ["model of 1 MB", "does not fit 1 ranks of 1 MB", "70% may be weights", "start at least 2 ranks"]
     refused(PlanError, lambda: plan_for(job, 1), *words)
-    choice = plan_for(job, 2)
+    choice = plan_for(make_job(f"{HERE}:wide", tmp_path / "x.npy", parallel={**limit, "shards": 1}), 2)
     assert shape(choice.plan) == (2, 1)
     verdicts = {candidate.name: candidate.verdict for candidate in choice.candidates}
     assert verdicts["2 replicas x 1 stages x 1 shards"].startswith("refused: largest stage has 1.1 MB")
