@@ -6,12 +6,13 @@ import os
 import sys
 from pathlib import Path
 
-from mpinfer.errors import ExitCode, MpinferError
+from mpinfer.errors import ExitCode, MpinferError, SpecError
 from mpinfer.version import VERSION
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    arguments = _parser().parse_args(words, argparse.Namespace(words=words))
     try:
         return int(arguments.command(arguments))
     except MpinferError as error:
@@ -42,6 +43,30 @@ def _parser() -> argparse.ArgumentParser:
     launch.add_argument("--hosts", default="", help="comma-separated hosts (default: this node, or the allocation)")
     _job_arguments(launch)
     launch.set_defaults(command=_launch)
+
+    sbatch = commands.add_parser("sbatch", help="print a batch script for a job (Slurm, PBS or LSF), or submit it")
+    sbatch.add_argument("job", metavar="JOB.yaml")
+    sbatch.add_argument("--nodes", type=int, metavar="M", help="nodes to ask for")
+    sbatch.add_argument("--ntasks-per-node", type=int, metavar="K", help="ranks on each of them")
+    sbatch.add_argument("--cpus-per-task", type=int, metavar="C", help="cores of a rank (default: the scheduler's, 1)")
+    sbatch.add_argument(
+        "--cluster", metavar="FILE", help="YAML that describes nodes, ranks and cores, instead of these"
+    )
+    sbatch.add_argument("--gpus-per-node", type=int, metavar="G", help="GPUs of a node (default: none)")
+    sbatch.add_argument(
+        "--time", metavar="T", help="limit, as 90 (minutes), 1:30:00 or 2-12:00:00 (default: the site's)"
+    )
+    sbatch.add_argument("--partition", metavar="P", help="partition, or queue (default: the site's)")
+    sbatch.add_argument("--account", metavar="A", help="account, or project (default: the user's)")
+    sbatch.add_argument("--array", type=int, metavar="N", help="cut the input into N parts, a job for each")
+    sbatch.add_argument("--requeue", action="store_true", help="go on by itself after a fault or an interruption, too")
+    sbatch.add_argument("--launcher", choices=("srun", "mpirun"), help="what starts ranks (default: srun under Slurm)")
+    sbatch.add_argument("--mpi", metavar="KIND", help="srun's --mpi (default: by the MPI beside this Python)")
+    sbatch.add_argument("--system", choices=("slurm", "pbs", "lsf"), default="slurm", help="scheduler (%(default)s)")
+    sbatch.add_argument("--output", metavar="DIR", help="where results go (default: the job's output.path)")
+    sbatch.add_argument("--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[], help=_SET_HELP)
+    sbatch.add_argument("--submit", action="store_true", help="hand the script to sbatch, qsub or bsub")
+    sbatch.set_defaults(command=_sbatch)
 
     plan = commands.add_parser("plan", help="the layout a job would get, and why; needs no MPI")
     plan.add_argument("job", metavar="JOB.yaml")
@@ -125,6 +150,49 @@ def _launch(arguments: argparse.Namespace) -> int:
     )
     print("mpinfer:", *(f"{k}={v}" for k, v in environment.items()), *command, file=sys.stderr, flush=True)
     os.execvpe(command[0], command, {**os.environ, **environment})
+
+
+def _sbatch(arguments: argparse.Namespace) -> int:
+    from mpinfer.cluster.batch_script import Batch, batch_script, submit
+    from mpinfer.cluster.describe import equal_nodes
+    from mpinfer.cluster.launch import wheel_pmi
+    from mpinfer.spec import load_spec
+
+    a = arguments
+    size = (a.nodes, a.ntasks_per_node, a.cpus_per_task)
+    if None in size[:2] if a.cluster is None else size != (None, None, None):
+        raise SpecError(
+            "sbatch: needs --nodes and --ntasks-per-node, with --cpus-per-task if you like, or else --cluster FILE; "
+            "give one of the two"
+        )
+    nodes, tasks_per_node, cpus_per_task = size if a.cluster is None else equal_nodes(a.cluster)
+    srun = a.launcher != "mpirun" and a.system == "slurm"
+    bin_dir = Path(sys.executable).parent
+    batch = Batch(
+        command=("mpinfer", *a.words),
+        job=a.job,
+        spec=load_spec(a.job, a.overrides, a.output),
+        nodes=nodes,
+        tasks_per_node=tasks_per_node,
+        overrides=tuple(a.overrides),
+        output=a.output,
+        bin_dir=str(bin_dir.relative_to(Path.cwd()) if bin_dir.is_relative_to(Path.cwd()) else bin_dir),
+        cpus_per_task=cpus_per_task,
+        gpus_per_node=a.gpus_per_node,
+        time=a.time,
+        partition=a.partition,
+        account=a.account,
+        array=a.array,
+        requeue=a.requeue,
+        launcher=a.launcher,
+        mpi=a.mpi or (wheel_pmi() if srun else None),
+        system=a.system,
+    )
+    script = batch_script(batch)
+    if a.submit:
+        return submit(a.system, script)
+    print(script, end="")
+    return ExitCode.COMPLETE
 
 
 def _plan(arguments: argparse.Namespace) -> int:

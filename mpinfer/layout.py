@@ -19,7 +19,7 @@ from mpinfer.spec import AUTO, JobSpec
 from mpinfer.transport.endpoint import agree, everywhere, library_version
 from mpinfer.transport.probe import measure_links
 from mpinfer.version import VERSION
-from mpinfer.world import World
+from mpinfer.world import World, check_model_copies
 
 if TYPE_CHECKING:  # torch loads only once the cheap checks have passed and threads are bound
     from mpinfer.engine import Rank
@@ -87,6 +87,7 @@ def _timed(steps: Sequence[Sequence[Timed]], replicas: Sequence[Replica], stage:
 
 def lay_out(world: World, spec: JobSpec, look: FirstLook | None) -> Layout:
     """The model without weights, and the plan that rank 0 makes of it; `look` is rank 0's."""
+    check_model_copies(world, spec.model.path)
     engine: Engine | None = None
 
     def second_look() -> dict[str, Any]:

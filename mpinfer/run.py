@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,11 @@ from mpinfer.cluster.doctor import RankFacts, doctor_report
 from mpinfer.cluster.memory import local_memory_bytes
 from mpinfer.coordinator.dispatch import Coordinator
 from mpinfer.coordinator.progress import Progress
+from mpinfer.coordinator.stop import Stop
 from mpinfer.errors import ExitCode
 from mpinfer.layout import Expected, Layout, device, lay_out, time_steps
 from mpinfer.observe.report import Before, timing, timing_table
+from mpinfer.observe.watchdog import Watchdog
 from mpinfer.preview import FirstLook
 from mpinfer.records.files import write_atomically
 from mpinfer.records.inputs import Input
@@ -29,10 +31,10 @@ from mpinfer.records.journal import Journal
 from mpinfer.records.manifest import merge
 from mpinfer.records.openai_batch import responses_file, write_responses
 from mpinfer.spec import JobSpec, spec_from_dict
-from mpinfer.transport.control import ACCOUNT, COORDINATOR
+from mpinfer.transport.control import ACCOUNT, COORDINATOR, STOP
 from mpinfer.transport.endpoint import Agreed, agree, everywhere, library_version
 from mpinfer.version import VERSION
-from mpinfer.world import World, join_world
+from mpinfer.world import World, join_world, versions
 
 if TYPE_CHECKING:  # torch loads only once the cheap checks have passed and threads are bound
     from mpinfer.engine import Rank
@@ -55,6 +57,8 @@ def run_job(read_spec: Callable[[], JobSpec], resume: bool, dry_run: bool) -> Ex
 
 
 def _run(world: World, read_spec: Callable[[], JobSpec], resume: bool, dry_run: bool) -> ExitCode:
+    endpoint = world.endpoint
+    stop = Stop(endpoint, lambda: str(world))
     look: FirstLook | None = None
     files: OutputFiles | None = None
 
@@ -70,19 +74,22 @@ def _run(world: World, read_spec: Callable[[], JobSpec], resume: bool, dry_run: 
                 files.write_responses()
         return {"spec": look.spec.to_dict(), "done": done}
 
-    told = agree(world.endpoint, first_look)
+    told = agree(endpoint, first_look)
     spec = spec_from_dict(told["spec"])
     if told["done"] is not None:
         world.say(f"{spec.output.path}: already complete, nothing to do")
         return ExitCode(told["done"])
 
+    watchdog = Watchdog(endpoint.activity, endpoint.pulse, spec.watchdog.timeout_s, lambda: str(world), endpoint.abort)
     layout = lay_out(world, spec, look)
-    if dry_run:
-        return ExitCode.COMPLETE
-    return _compute(world, spec, layout, files)
+    code = ExitCode.COMPLETE if dry_run else _compute(world, spec, layout, files, stop, watchdog)
+    watchdog.close()
+    return code
 
 
-def _compute(world: World, spec: JobSpec, layout: Layout, files: "OutputFiles | None") -> ExitCode:
+def _compute(
+    world: World, spec: JobSpec, layout: Layout, files: "OutputFiles | None", stop: Stop, watchdog: Watchdog
+) -> ExitCode:
     """Load this rank's part and run it to the end of the job; `files` are rank 0's."""
     start_s = _process_age_s()
     loading = time.perf_counter()
@@ -92,6 +99,7 @@ def _compute(world: World, spec: JobSpec, layout: Layout, files: "OutputFiles | 
     )
     load_s = time.perf_counter() - loading
     steps = time_steps(world, rank)
+    watchdog.begin_loop(max(step.seconds for of_rank in steps for step in of_rank))
     if files is not None:
         left = len(files.records) - len(files.journal.done)
         expected = layout.expect(steps, left, files.records.lengths)
@@ -99,7 +107,8 @@ def _compute(world: World, spec: JobSpec, layout: Layout, files: "OutputFiles | 
             f"started in {start_s:.2f} s, loaded in {load_s:.2f} s, expecting to run for about {expected.wall_s:.3g} s"
         )
         before = Before(start_s, load_s, layout.planned_s, expected.wall_s)
-        return _coordinate(world, rank, layout, expected, files, before)
+        return _coordinate(world, rank, layout, expected, files, before, stop)
+    stop.drain(spec.stop.drain_limit_s)
     rank.run()
     world.endpoint.send(COORDINATOR, ACCOUNT, _close_account(world, rank))
     world.endpoint.flush()
@@ -107,10 +116,10 @@ def _compute(world: World, spec: JobSpec, layout: Layout, files: "OutputFiles | 
 
 
 def _coordinate(
-    world: World, rank: "Rank", layout: Layout, expected: Expected, files: "OutputFiles", before: Before
+    world: World, rank: "Rank", layout: Layout, expected: Expected, files: "OutputFiles", before: Before, stop: Stop
 ) -> ExitCode:
     """Rank 0: its own share of the computing, then the end of the run."""
-    journal, records = files.journal, files.records
+    journal, records, limit_s = files.journal, files.records, files.spec.stop.drain_limit_s
     progress = Progress(len(records), len(journal.done))
 
     def keep(result: dict[str, Any]) -> None:
@@ -122,11 +131,22 @@ def _coordinate(
         keep({"index": index, "id": records.ids[index], "error": error})
     pending = [index for index in range(len(records)) if index not in journal.done]
     coordinator = Coordinator(world.endpoint, records, expected.record_s, pending, expected.speeds, keep)
+
+    def told_to_stop(source: int, body: None) -> None:
+        stop.hear()
+        if not coordinator.stopped:
+            coordinator.stop()
+            world.say(f"told to stop: what has begun is finished first, for at most {limit_s:g} s (stop.drain_limit_s)")
+            journal.flush()  # now: a launcher that was told may kill all within a second
+
+    world.endpoint.on(STOP, told_to_stop)
+    stop.drain(limit_s, save=journal.flush)
     started = time.perf_counter()
     rank.run()
     world.endpoint.send(COORDINATOR, ACCOUNT, _close_account(world, rank))
     wall_s = time.perf_counter() - started
-    patience_s = min(max(wall_s, _LEAST_PATIENCE_S), _MOST_PATIENCE_S)
+    most_s = min(_MOST_PATIENCE_S, files.spec.watchdog.timeout_s / 2 or _MOST_PATIENCE_S)  # before the watchdog's ends
+    patience_s = min(max(wall_s, _LEAST_PATIENCE_S), most_s)
     world.endpoint.wait_until(
         lambda: coordinator.finished or (coordinator.complete and time.perf_counter() - started > wall_s + patience_s)
     )
@@ -134,6 +154,11 @@ def _coordinate(
     if not missing:
         wall_s = time.perf_counter() - started
     progress.close()
+    if coordinator.stopped and not coordinator.complete:
+        journal.close()
+        world.say(f"{files.directory}: stopped, {len(journal.done)} of {len(records)} records done; --resume goes on")
+        world.endpoint.broadcast(int(ExitCode.INTERRUPTED))
+        return ExitCode.INTERRUPTED
     accounts = [account for _, account in sorted(coordinator.accounts.items())]
     account = timing(layout.plan, len(pending), wall_s, before, accounts)
     files.finish(account)
@@ -183,19 +208,6 @@ class OutputFiles:
             write_responses(self.responses, self.spec, self.records)
 
 
-def versions() -> dict[str, str]:
-    """What ran: of every package that decides results, its version."""
-    packages = {name: _version(name) for name in ("torch", "transformers", "numpy", "mpi4py")}
-    return {"mpinfer": VERSION, "python": platform.python_version(), "mpi": library_version(), **packages}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
 def _close_account(world: World, rank: "Rank") -> dict[str, Any]:
     """What this rank tells rank 0 of itself at its end."""
     coordinates = rank.coordinates
@@ -239,7 +251,7 @@ def _process_age_s() -> float:
 def examine_world() -> ExitCode:
     """Gather every rank's facts and print them from rank 0, with what looks wrong."""
     try:
-        world = join_world()
+        world = join_world(refuse_mixed=False)
     except Agreed as error:
         print(f"mpinfer: error: {error}", file=sys.stderr)
         return error.exit_code

@@ -146,6 +146,16 @@ class TransportSpec:
 
 
 @dataclass(frozen=True)
+class StopSpec:
+    drain_limit_s: float = rule(20.0, minimum=0)  # for work in hand after SIGTERM, SIGINT or SIGUSR1; then it is lost
+
+
+@dataclass(frozen=True)
+class WatchdogSpec:
+    timeout_s: float = rule(60.0, minimum=0)  # that nothing may move for, in the whole world; 0: for ever
+
+
+@dataclass(frozen=True)
 class JobSpec:
     """One job. `fingerprint` names what it computes, whatever the layout it runs in."""
 
@@ -159,6 +169,8 @@ class JobSpec:
     images: ImagesSpec = ImagesSpec()
     audio: AudioSpec = AudioSpec()
     transport: TransportSpec = TransportSpec()
+    stop: StopSpec = StopSpec()
+    watchdog: WatchdogSpec = WatchdogSpec()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

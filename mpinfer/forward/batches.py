@@ -11,7 +11,7 @@ import torch
 from mpinfer.errors import RecordError
 from mpinfer.forward.prepare import Preparer, Sample
 from mpinfer.observe.account import Account
-from mpinfer.transport.control import COORDINATOR, DROP, RECORDS, RESULTS, WANT, Control
+from mpinfer.transport.control import COORDINATOR, DROP, FINISH, RECORDS, RESULTS, WANT, Control
 from mpinfer.transport.message import END, Message
 
 _WINDOW = 4  # batches to choose from where records differ in length: those that are alike waste little on padding
@@ -50,14 +50,16 @@ class BatchSource:
         self._in_hand = 0  # records that were asked for and not yet passed on
         self._dropped: set[int] = set()  # records that another replica was first with
         self._asked, self._more = False, True
+        self._stopped = False
         self._answers = 0  # so far
         self._put_off = False  # whether the answer is that one will come later
         endpoint.on(RECORDS, self._receive)
         endpoint.on(DROP, self._drop)
+        endpoint.on(FINISH, self._stop)
 
     def take(self, micro_batch: int) -> Message:
         """The next batch; `END` when there is nothing left to do."""
-        while True:
+        while not self._stopped:
             self._ask()
             self._gather()
             bucket = self._next_bucket()
@@ -66,15 +68,16 @@ class BatchSource:
             if not self._preparing and not self._asked and not self._more:
                 return END
             self._wait()
+        return END
 
     def close(self) -> None:
-        self._background.shutdown()
+        self._background.shutdown(cancel_futures=True)
 
     def _wait(self) -> None:
         """Until rank 0 has answered or records have been prepared."""
         answers = self._answers
         with self._account.phase("idle"):
-            self._endpoint.wait_until(lambda: self._answers != answers or self._is_prepared())
+            self._endpoint.wait_until(lambda: self._answers != answers or self._is_prepared() or self._stopped)
 
     def _ask(self) -> None:
         missing = self._micro_batch * (self._window + 2) - self._in_hand
@@ -98,6 +101,10 @@ class BatchSource:
             kept = [entry for entry in bucket if entry[0] not in self._dropped]
             self._in_hand -= len(bucket) - len(kept)
             bucket[:] = kept
+
+    def _stop(self, source: int, body: None) -> None:
+        """Batches that are on their way are finished, and nothing else."""
+        self._stopped = True
 
     def _prepare(self, records: list[tuple[int, str | int, str]]) -> list[Prepared]:
         """In the background: from records to tensors."""

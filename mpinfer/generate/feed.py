@@ -7,7 +7,7 @@ from mpinfer.errors import RecordError
 from mpinfer.generate.scheduler import Scheduler, Sequence
 from mpinfer.generate.tasks import Task
 from mpinfer.observe.account import Account
-from mpinfer.transport.control import COORDINATOR, DROP, RECORDS, RESULTS, WANT, Control
+from mpinfer.transport.control import COORDINATOR, DROP, FINISH, RECORDS, RESULTS, WANT, Control
 
 
 class RecordFeed:
@@ -20,12 +20,18 @@ class RecordFeed:
         self._dropped: set[int] = set()  # records that another replica was first with, until the scheduler knows
         self._asked = False
         self._more = True
+        self._stopped = False
         self.tokens = {"prompt_tokens": 0, "new_tokens": 0}  # of finished sequences
         endpoint.on(RECORDS, self._receive)
         endpoint.on(DROP, self._drop)
+        endpoint.on(FINISH, self._stop)
 
     def refill(self, scheduler: Scheduler) -> bool:
         """Hand over what has arrived and ask for what is missing; False once nothing will ever come."""
+        if self._stopped:
+            self._arrived.clear()
+            begun = {index for index, own in self._unfinished.items() if any(sequence.slot >= 0 for sequence in own)}
+            self._dropped.update(self._unfinished.keys() - begun)
         while self._arrived:
             index, id, line = self._arrived.popleft()
             try:
@@ -69,11 +75,15 @@ class RecordFeed:
 
     def _receive(self, source: int, body: dict[str, Any]) -> None:
         self._arrived.extend((index, id, line) for index, id, line in body["records"])
-        self._more = body["more"]
+        self._more = body["more"] and not self._stopped
         self._asked = self._more and not body["records"]  # then the answer is yet to come
 
     def _drop(self, source: int, indices: list[int]) -> None:
         self._dropped.update(indices)
+
+    def _stop(self, source: int, body: None) -> None:
+        """Finish what has begun, and nothing else."""
+        self._stopped, self._more, self._asked = True, False, False
 
     def _send(self, results: list[dict[str, Any]]) -> None:
         self._endpoint.send(COORDINATOR, RESULTS, results)

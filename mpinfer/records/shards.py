@@ -8,6 +8,7 @@ import json
 import os
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -68,7 +69,8 @@ class ShardWriter:
             for (stem, *_), group in rows.items():
                 temporary = self._directory / f"{stem}.npy.tmp"
                 with temporary.open("wb") as file:
-                    np.save(file, np.stack(group))
+                    # By the file's own `write`: into a file, numpy writes by C's buffers, whose last errors it loses.
+                    np.save(SimpleNamespace(write=file.write), np.stack(group))
                     file.flush()
                     os.fsync(file.fileno())
                 temporary.replace(self._directory / f"{stem}.npy")

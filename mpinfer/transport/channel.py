@@ -96,7 +96,7 @@ class MpiInbox:
         try:
             if not request.Test(self._status):
                 with self._waiting("receive_wait"):
-                    self._endpoint.wait_until(lambda: request.Test(self._status))
+                    self._endpoint.wait_until(lambda: request.Test(self._status), self._plan)
         except MPI.Exception as error:
             raise TransportError(
                 f"{self._plan}: message {self._number} could not be received, or is longer than planned "
@@ -188,7 +188,7 @@ class MpiOutbox:
         """Until at most so many messages are in flight."""
         if not self._at_most(most):
             with self._waiting("send_wait"):
-                self._endpoint.wait_until(lambda: self._at_most(most))
+                self._endpoint.wait_until(lambda: self._at_most(most), self._plan)
 
     def _at_most(self, most: int) -> bool:
         self.complete_finished()

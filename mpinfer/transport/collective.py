@@ -33,13 +33,16 @@ class ShardGroup:
 
     def __init__(self, endpoint: Endpoint, ranks: Sequence[int], waiting: Waiting) -> None:
         self._endpoint, self._waiting = endpoint, waiting
+        self._others = f"the other shards of ranks {', '.join(map(str, ranks))}"
         world = endpoint.data
-        self._comm = world.Create_group(world.group.Incl(list(ranks)))
-        node = _of_this_node(self._comm)
-        self._place, self._slots = node.rank, SharedSlots(node, _CAPACITY)
-        self._leaders = self._comm.Split(0 if node.rank == 0 else MPI.UNDEFINED)  # first shards of their nodes
-        alone = node.size == self._comm.size
-        self._ways = self._fastest(*((self._all_add, self._share_out) if alone else (self._by_leaders,)), self._by_mpi)
+        with endpoint.blocking(self._others):
+            self._comm = world.Create_group(world.group.Incl(list(ranks)))
+            node = _of_this_node(self._comm)
+            self._place, self._slots = node.rank, SharedSlots(node, _CAPACITY)
+            self._leaders = self._comm.Split(0 if node.rank == 0 else MPI.UNDEFINED)  # first shards of their nodes
+            alone = node.size == self._comm.size
+            ways = (self._all_add, self._share_out) if alone else (self._by_leaders,)
+            self._ways = self._fastest(*ways, self._by_mpi)
         self.bytes_summed = 0  # of this shard's tensors; it gets as many back
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -60,7 +63,8 @@ class ShardGroup:
     def free(self) -> None:
         """Once, when no shard has anything left to sum; all call it."""
         self._wait(self._comm.Ibarrier().Test)  # here, where others are served meanwhile; not in MPI
-        self._slots.free()
+        with self._endpoint.blocking(self._others):
+            self._slots.free()
 
     # -- ways ----------------------------------------------------------------------------------------------------
 
@@ -117,7 +121,7 @@ class ShardGroup:
             if done():
                 return
         with self._waiting("receive_wait"):
-            self._endpoint.wait_until(done)
+            self._endpoint.wait_until(done, self._others)
 
     def _fastest(self, *ways: Way) -> list[Way]:
         """For each size, as timed now: the same on all shards."""

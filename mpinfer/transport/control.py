@@ -12,6 +12,8 @@ RECORDS = "records"  # the answer: records, and whether there may be more; witho
 DROP = "drop"  # coordinator to leader: indices of records that need not be computed any more
 COMPUTED = "computed"  # to the coordinator, from a last stage: indices of records whose results will follow
 RESULTS = "results"  # to the coordinator, from the first or the last stage of a replica
+STOP = "stop"  # any rank to the coordinator: it was told to
+FINISH = "finish"  # coordinator to leader: what has begun, and nothing else
 ACCOUNT = "account"  # every rank to the coordinator, at its end
 
 

@@ -10,11 +10,12 @@ Imports neither torch nor numpy: a run binds its threads and refuses bad input b
 import json
 import os
 import sys
+import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import accumulate
 from types import TracebackType
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -22,6 +23,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 from mpi4py import MPI
 
 from mpinfer.errors import ExitCode, MpinferError
+from mpinfer.transport.pulse import Activity, Pulse
 
 _CONTROL_TAG = 1
 # Poll without sleeping for so long, and sleep no longer: with a core for every rank, and where ranks share cores.
@@ -31,6 +33,7 @@ _LONGEST_SLEEP_S, _LONGEST_SLEEP_SHARING_S = 0.25e-3, 1e-3
 _SLEEP_SHARE = 1 / 16  # of what has been waited already: a wait costs little and overshoots little, however long it is
 _COLLECTIVE_SLEEP_S = 10e-3  # start and end of a run, where ranks wait for seconds
 _FORWARD_S = 0.1  # for the launcher to pass on what a rank said last: an abort may overtake it
+_ABORT_S = 2.0  # for an abort to return, or what is flushed before it; then this process ends alone
 
 T = TypeVar("T")
 Handler = Callable[[int, Any], None]
@@ -52,6 +55,8 @@ class Endpoint:
         self._collective = world.Dup()
         self._control = world.Dup()
         self.data = world.Dup()  # for channels
+        self.activity = Activity()
+        self.pulse = Pulse(self.activity)
         self._sends: deque[tuple[MPI.Request, bytes]] = deque()
         self._receives: deque[tuple[MPI.Request, bytearray, int]] = deque()  # handled in order of arrival
         self._channels: list[Progressive] = []
@@ -66,14 +71,20 @@ class Endpoint:
 
     def progress(self) -> None:
         """Let MPI move data, complete what is done, and answer control messages. Called between layers."""
+        if not self.activity.waiting:
+            self.activity.move()
         while self._sends and self._sends[0][0].Test():
             self._sends.popleft()
         for channel in self._channels:
             channel.complete_finished()
         self._serve()
 
-    def wait_until(self, done: Callable[[], bool]) -> None:
-        """Poll `done`, making progress: first giving way to whoever wants the core, then with growing sleeps."""
+    def wait_until(self, done: Callable[[], bool], operation: object = "a control message") -> None:
+        """Poll `done`, making progress: first giving way to whoever wants the core, then with growing sleeps.
+
+        `operation` is what the watchdog says that this rank waits for.
+        """
+        outer = self.activity.wait_for(operation)
         spin_s = _SPIN_SHARING_S if self.shares_cores else _SPIN_S
         longest_s = _LONGEST_SLEEP_SHARING_S if self.shares_cores else _LONGEST_SLEEP_S
         started = time.perf_counter()
@@ -84,6 +95,14 @@ class Endpoint:
                 os.sched_yield()
             else:
                 time.sleep(min(_SLEEP_SHARE * waited_s, longest_s))
+        self.activity.resume(outer)
+
+    @contextmanager
+    def blocking(self, operation: object) -> Iterator[None]:
+        """What happens inside waits for other ranks in calls of MPI, where none is heard or served."""
+        outer = self.activity.wait_for(operation)
+        yield
+        self.activity.resume(outer)
 
     # -- control messages ----------------------------------------------------------------------------------------
 
@@ -106,6 +125,7 @@ class Endpoint:
         while self._receives and self._receives[0][0].Test():
             _, buffer, source = self._receives.popleft()
             self.control_bytes_received += len(buffer)
+            self.activity.move()
             with self.serving():
                 kind, body = json.loads(buffer)
                 self._handlers[kind](source, body)
@@ -138,9 +158,11 @@ class Endpoint:
         return [json.loads(bodies[end - n : end]) for end, n in zip(ends, lengths, strict=True)]
 
     def _finish(self, request: MPI.Request) -> None:
+        outer = self.activity.wait_for("all other ranks")
         started = time.perf_counter()
         while not request.Test():
             time.sleep(min(_SLEEP_SHARE * (time.perf_counter() - started), _COLLECTIVE_SLEEP_S))
+        self.activity.resume(outer)
 
     # -- the data plane and the end ------------------------------------------------------------------------------
 
@@ -149,7 +171,10 @@ class Endpoint:
         self._channels.append(channel)
 
     def abort(self, code: int) -> NoReturn:
-        """End the whole world at once."""
+        """End the whole world at once, and this process even where nobody hears of it."""
+        alone = threading.Timer(_ABORT_S, os._exit, [int(code)])
+        alone.daemon = True
+        alone.start()
         sys.stdout.flush()
         sys.stderr.flush()
         time.sleep(_FORWARD_S)

@@ -163,6 +163,6 @@ class _Peer:
         started = time.perf_counter()
         while not MPI.Request.Testall(requests):
             if time.perf_counter() - started > _SPIN_S:
-                self._endpoint.wait_until(partial(MPI.Request.Testall, requests))
+                self._endpoint.wait_until(partial(MPI.Request.Testall, requests), f"rank {self._rank}, measuring links")
                 return
             os.sched_yield()

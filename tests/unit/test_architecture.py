@@ -30,7 +30,7 @@ ROWS: dict[str, set[str]] = {
     "engine": {"generate", "forward"},
     "coordinator": {"records", "transport", "observe"},
     "preview": {"cluster", "engine"},
-    "world": {"cluster", "transport"},
+    "world": {"cluster", "transport", "version"},
     "layout": {"preview", "world", "version"},
     "run": {"layout", "coordinator"},
     "bench": {"world", "pipeline"},

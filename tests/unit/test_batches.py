@@ -11,7 +11,7 @@ from mpinfer.errors import RecordError
 from mpinfer.forward.batches import BatchSource
 from mpinfer.forward.prepare_common import EqualShapes, Sample
 from mpinfer.observe.account import Account
-from mpinfer.transport.control import DROP, RECORDS, RESULTS, WANT
+from mpinfer.transport.control import DROP, FINISH, RECORDS, RESULTS, WANT
 
 
 class Coordinator:
@@ -145,3 +145,22 @@ def test_a_source_that_is_put_off_goes_on_with_what_it_has_and_drops_what_is_don
     coordinator.over = True
     assert source.take(0).is_end
     source.close()
+
+
+def test_a_source_that_is_told_to_finish_begins_no_batch() -> None:
+    coordinator, preparer = Coordinator([{"x": [n]} for n in range(50)]), Lists()
+    source = BatchSource(
+        coordinator,
+        lambda line: preparer.sample(json.loads(line)),
+        preparer,
+        lambda sample: None,
+        lambda batch: [batch["x"]],
+        2,
+        lambda rows: rows,
+        Account(),
+    )
+    assert not source.take(0).is_end
+    coordinator.handlers[FINISH](0, None)
+    assert source.take(0).is_end
+    source.close()
+    assert coordinator.given < 50

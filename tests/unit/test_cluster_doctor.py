@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from mpinfer.cluster.doctor import RankFacts, doctor_report, warnings
+from mpinfer.cluster.doctor import RankFacts, doctor_report, mixed_versions, overlapping_bindings, warnings
 
 GIB = 2**30
 
@@ -73,11 +73,19 @@ def test_unequal_ranks_of_a_node_show_as_a_range() -> None:
 @pytest.mark.parametrize(
     ("attribute", "value", "expected"),
     [
-        ("torch_version", "2.9.0", "torch differs between ranks: 2.13.0 on ranks 0-1, 3, 2.9.0 on rank 2; "),
+        (
+            "torch_version",
+            "2.9.0",
+            "torch differs between ranks: 2.13.0 on ranks 0-1, 3 of node001, 2.9.0 on rank 2 of node001; use one ",
+        ),
         ("mpinfer_version", "0.2.0", "mpinfer differs"),
         ("python_version", "3.12.1", "Python differs"),
         ("mpi4py_version", "4.0.0", "mpi4py differs"),
-        ("mpi_library", "MPICH Version: 5.0.2\n", "MPI differs between ranks: Open MPI v5.0.11 on ranks 0-1, 3, MPICH"),
+        (
+            "mpi_library",
+            "MPICH Version: 5.0.2\n",
+            "MPI differs between ranks: Open MPI v5.0.11 on ranks 0-1, 3 of node001, MPICH",
+        ),
     ],
 )
 def test_mixed_versions(attribute: str, value: str, expected: str) -> None:
@@ -109,3 +117,20 @@ def test_one_rank_under_a_launcher() -> None:
     [warning] = warnings("Slurm srun", [facts(0)])
     assert warning.startswith("Slurm srun shows a world of one rank: ")
     assert warnings("none", [facts(0)]) == []
+
+
+def test_mixed_versions_name_their_nodes() -> None:
+    software = [{"torch": "2.13.0", "python": "3.11.7"}] * 4 + [{"torch": "2.9.0", "python": "3.11.7"}] * 2
+    assert mixed_versions(["n1", "n1", "n2", "n2", "n3", "n3"], software) == [
+        "torch differs between ranks: 2.13.0 on ranks 0-3 of n1 ... n2 (2 nodes), 2.9.0 on ranks 4-5 of n3; "
+        "use one environment on all nodes"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("second", "warned"), [([0, 1], False), ([2, 3], False), ([1, 2], True)], ids=["shared", "apart", "in part"]
+)
+def test_bindings_that_overlap_in_part_are_told(second: list[int], warned: bool) -> None:
+    found = overlapping_bindings(["n1", "n1", "n2", "n2"], [[0, 1], [0, 1], [0, 1], second])
+    assert len(found) == warned
+    assert all(text.startswith("n2: the launcher's bindings of ranks overlap in part; ") for text in found)
