@@ -4,6 +4,7 @@ The program below is rank 0's part of a run alone: journal, array files, merge. 
 with a signal or an error, for every k that there is.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -101,3 +102,29 @@ def test_every_call_once(
     else:
         pytest.fail(f"more than {MOST} calls of {call}")
     assert number > 1, f"the program makes no call of {call}"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a file system")
+def test_small_disk(unbroken: dict[str, bytes], tmp_path: Path) -> None:
+    """Full after ever more pages; then there is room."""
+    fulls = 0
+    for pages in range(2, MOST):
+        disk = tmp_path / str(pages)
+        disk.mkdir()
+        size = f"size={4096 * pages}"
+        subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", disk], check=True, timeout=60)
+        try:
+            filled = run(disk / "out")
+            if filled.returncode == 0:
+                assert state(disk / "out") == unbroken
+                break
+            fulls += 1
+            assert filled.stderr.startswith(f"mpinfer: error: {disk}/out"), filled.stderr
+            assert "free some space and run again with --resume" in filled.stderr, filled.stderr
+            assert not verify(disk / "out").complete
+            subprocess.run(["mount", "-o", "remount,size=8m", disk], check=True, timeout=60)
+            assert run(disk / "out").returncode == 0
+            assert state(disk / "out") == unbroken
+        finally:
+            subprocess.run(["umount", disk], check=True, timeout=60)
+    assert fulls > 5
