@@ -75,7 +75,7 @@ def test_a_model_beyond_the_memory_limit_runs_split(one_mpi: Mpi, tmp_path: Path
     alone = mpirun(one_mpi, None, ["mpinfer", "run", job], cwd=REPO)
     assert alone.returncode == 2
     assert "model of 8 MB: does not fit 1 ranks of 9 MB" in alone.stderr
-    output = complete_run(one_mpi, 2, job, tmp_path / "split", cwd=REPO)
+    output = complete_run(one_mpi, 2, job, tmp_path / "split", "parallel.shards=1", cwd=REPO)
     timing = read_timing(output)
     assert timing["plan"]["stages"] == 2
     assert [rank["weight_bytes"] for rank in timing["ranks"]] == [4 * (512 * 512 + 512) * 4] * 2
