@@ -1,7 +1,6 @@
 """One rank of a replica that computes in one pass: builds its stage and channels, runs the loop, closes its books."""
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from mpinfer.forward.results import ResultSink
 from mpinfer.forward.stage import ForwardStage
 from mpinfer.forward.tasks import make_task
 from mpinfer.models.graph import GraphSkeleton
-from mpinfer.models.tensor_parallel import Shard
 from mpinfer.observe.account import Account
 from mpinfer.pipeline.links import Copied, Links
 from mpinfer.pipeline.timing import steady_s
@@ -44,7 +42,7 @@ class ForwardRank:
         endpoint.serving = lambda: self._account.phase("overhead")
         self._links = Links(endpoint, self._account, spec.transport)
         self._divided = layout.shards > 1
-        shard = self._join_shards()
+        shard, self._agree = self._links.join_shards(layout, self.coordinates)
         started = time.perf_counter()
         start, stop = layout.blocks_of(self.coordinates.stage)
         self._part = skeleton.load_part(start, stop, device, layout.micro_batch, endpoint.progress, shard)
@@ -81,15 +79,6 @@ class ForwardRank:
             "read_bytes": self._part.read_bytes,
             "read_s": self._load_s,
         }
-
-    def _join_shards(self) -> Shard | None:
-        """This rank among those that hold its stage with it; None where it holds the stage alone."""
-        self._agree: Callable[[bool], bool] = bool
-        if not self._divided:
-            return None
-        group = self._links.shard_group(self._layout.stage_ranks(self.coordinates.stage))
-        self._agree = group.any
-        return Shard(self.coordinates.shard, self._layout.shards, group.all_reduce)
 
     def _make_inbox(self) -> Inbox:
         """Of a first stage the records, which its first shard copies to the others; of another one the channel from the

@@ -1,7 +1,6 @@
 """One rank of a replica that decodes: builds its stage and channels, runs the loop, closes its books."""
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from mpinfer.generate.scheduler import Scheduler, Segment, Step
 from mpinfer.generate.stage import DecodeStage, encode_step, header_words
 from mpinfer.generate.tasks import make_task, readout_kind
 from mpinfer.models.decoder import DecoderSkeleton
-from mpinfer.models.tensor_parallel import Shard
 from mpinfer.observe.account import Account
 from mpinfer.pipeline.links import Copied, Gathered, Links
 from mpinfer.pipeline.timing import steady_s
@@ -66,7 +64,7 @@ class DecodeRank:
         self._samples = layout.micro_batch if generates else self._step_tokens
         self._targets = self._samples if spec.model.task == "score" else 0
 
-        shard = self._join_shards()
+        shard, self._agree = self._links.join_shards(layout, self.coordinates)
         started = time.perf_counter()
         stage, number = self.coordinates.stage, self.coordinates.shard
         self._kind = kind = readout_kind(spec, needs_logits)
@@ -134,15 +132,6 @@ class DecodeRank:
             "read_bytes": self._part.read_bytes,
             "read_s": self._load_s,
         }
-
-    def _join_shards(self) -> Shard | None:
-        """This rank among those that hold its stage with it; None where it holds the stage alone."""
-        self._agree: Callable[[bool], bool] = bool
-        if self._layout.shards == 1:
-            return None
-        group = self._links.shard_group(self._layout.stage_ranks(self.coordinates.stage))
-        self._agree = group.any
-        return Shard(self.coordinates.shard, self._layout.shards, group.all_reduce)
 
     def _share(self, stage: int, shard: int) -> range:
         """Of the vocabulary; empty where no logits are asked for."""

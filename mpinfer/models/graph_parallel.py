@@ -73,7 +73,7 @@ class _Size:
 
     region: _Region
     place: int
-    of_unit: int
+    size: int  # of the whole
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class Division:
                 whole = [n for n in node.all_input_nodes if n not in self._values]
                 narrow = all(_is_one(n.meta["val"], dim - rank) for n in whole)
                 alike = all(len(shape) == rank and shape[dim] == shapes[0][dim] for shape in shapes)
-                return dim if narrow and alike else None
+                return node.meta["val"].dim() - rank + dim if narrow and alike else None
             case _aten.transpose.int:
                 a, b = (int(place) % rank for place in arguments)
                 return {a: b, b: a}.get(dim, dim)

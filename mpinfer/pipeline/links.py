@@ -1,10 +1,12 @@
 """The channels of one rank, several of them taken as one, and what went over them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+from mpinfer.models.tensor_parallel import Shard
 from mpinfer.observe.account import Account
+from mpinfer.plan.layout import Coordinates, Replica
 from mpinfer.spec import TransportSpec
 from mpinfer.transport.channel import MpiInbox, MpiOutbox
 from mpinfer.transport.collective import ShardGroup
@@ -32,10 +34,13 @@ class Links:
         self._outboxes.append(MpiOutbox(self._endpoint, plan, self.waiting, self._transport.blocking))
         return self._outboxes[-1]
 
-    def shard_group(self, ranks: Sequence[int]) -> ShardGroup:
-        """This rank with others that sum; all of them make it at the same time, and close it with their links."""
-        self._groups.append(ShardGroup(self._endpoint, ranks, self.waiting))
-        return self._groups[-1]
+    def join_shards(self, layout: Replica, coordinates: Coordinates) -> tuple[Shard | None, Callable[[bool], bool]]:
+        """This rank among those that hold its stage with it (None where it holds the stage alone), and whether any of
+        them says so; all of them join at the same time, and close their links together."""
+        if layout.shards == 1:
+            return None, bool
+        self._groups.append(ShardGroup(self._endpoint, layout.stage_ranks(coordinates.stage), self.waiting))
+        return Shard(coordinates.shard, layout.shards, self._groups[-1].all_reduce), self._groups[-1].any
 
     def restart(self) -> None:
         """Forget what was summed: the loop begins now."""
