@@ -58,7 +58,7 @@ class Layout:
         """Of so many records, where each rank has timed these steps. Rank 0 asks."""
         assert self.basis is not None
         basis, walls, speeds = self.basis, [0.0], {}
-        record_s: list[float] = []
+        record_s: Sequence[float] = ()
         for replica in self.plan.replicas:
             costs, hops = replica_costs(basis.model, basis.machine, basis.rates, replica)
             alike = [other for other in self.plan.replicas if self._kind(other) == self._kind(replica)]

@@ -9,6 +9,7 @@ import platform
 import socket
 import sys
 import time
+from array import array
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
@@ -129,7 +130,8 @@ def _coordinate(
     for index in sorted(records.refused.keys() - journal.done):
         error = {"type": "RecordError", "message": records.refused[index]}
         keep({"index": index, "id": records.ids[index], "error": error})
-    pending = [index for index in range(len(records)) if index not in journal.done]
+    every = range(len(records))
+    pending = array("I", (index for index in every if index not in journal.done)) if journal.done else every
     coordinator = Coordinator(world.endpoint, records, expected.record_s, pending, expected.speeds, keep)
 
     def told_to_stop(source: int, body: None) -> None:

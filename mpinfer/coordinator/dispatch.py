@@ -10,12 +10,13 @@ When all are handed out, those who have nothing left get copies of what others a
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from typing import Any, Protocol
 
 from mpinfer.coordinator.replica import Replica, pace_of_speed
+from mpinfer.plan.cost import EvenCosts
 from mpinfer.transport.control import ACCOUNT, COMPUTED, DROP, FINISH, RECORDS, RESULTS, WANT, Control
 
 _LOOK_EVERY_S = 0.05
@@ -41,6 +42,17 @@ class _Backlog:
     s_per_cost: float  # how much earlier the others are, if the last is not among them
 
 
+def costliest_first(costs: Sequence[float], pending: Collection[int]) -> Iterator[int]:
+    """The records in the order in which they are handed out; as they come where one is like the other."""
+    if isinstance(costs, EvenCosts):
+        return iter(pending)
+    import numpy as np
+
+    indices = np.fromiter(pending, np.uint32, len(pending))
+    own = np.fromiter((costs[index] for index in pending), np.float64, len(pending))
+    return map(int, indices[np.argsort(-own, kind="stable")])
+
+
 class Coordinator:
     """Hands out the records `pending`, of which each has an estimated cost, and takes in results and accounts.
 
@@ -53,16 +65,22 @@ class Coordinator:
         endpoint: Control,
         records: Records,
         costs: Sequence[float],
-        pending: Iterable[int],
+        pending: Collection[int],
         speeds: Mapping[int, float],
         keep: Callable[[dict[str, Any]], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._endpoint, self._records, self._costs = endpoint, records, costs
         self._keep, self._clock = keep, clock
-        self._pending = sorted(pending, key=lambda index: -costs[index])[::-1]  # the next record is the last entry
-        self._without_result = set(self._pending)
-        self._unfinished_cost = sum(costs[index] for index in self._pending)
+        self._has_result = bytearray(b"\1") * len(costs)
+        self._missing = 0  # results
+        self._unfinished_cost = 0.0
+        for index in pending:
+            self._has_result[index] = False
+            self._missing += 1
+            self._unfinished_cost += costs[index]
+        self._order = costliest_first(costs, pending)
+        self._next = next(self._order, None)  # record to hand out; None when all are
         self._replicas = {leader: Replica(leader, speed) for leader, speed in speeds.items()}
         self._speed = sum(speeds.values())  # of all together
         self._scale = 0.0  # cost per second of a replica of speed 1; 0 before anything is finished
@@ -87,7 +105,7 @@ class Coordinator:
     @property
     def complete(self) -> bool:
         """Every record has a result."""
-        return not self._without_result
+        return not self._missing
 
     @property
     def finished(self) -> bool:
@@ -105,7 +123,7 @@ class Coordinator:
             return
         self._look_next = now + _LOOK_EVERY_S
         self._scale = pace_of_speed(self._replicas.values())
-        if not self._pending:
+        if self._next is None:
             self._copy(now)
 
     def _ask(self, leader: int, wanted: int) -> None:
@@ -119,8 +137,9 @@ class Coordinator:
     def _take_in(self, source: int, results: list[dict[str, Any]]) -> None:
         for result in results:
             index = result["index"]
-            if index in self._without_result:  # else it is the second one
-                self._without_result.remove(index)
+            if not self._has_result[index]:  # else it is the second one
+                self._has_result[index] = True
+                self._missing -= 1
                 self._keep({"index": index, "id": self._records.ids[index], **result})
         # An error says nothing of how fast its replica is.
         self._settle(source, [result["index"] for result in results if "error" not in result])
@@ -147,7 +166,7 @@ class Coordinator:
                     drops[leader].append(index)
         for leader, dropped in drops.items():
             self._endpoint.send(leader, DROP, dropped)
-        over = not self._pending and not self._holders
+        over = self._next is None and not self._holders
         for replica in self._replicas.values() if over else concerned.values():
             if replica.wanted:
                 self._answer(replica)
@@ -157,7 +176,7 @@ class Coordinator:
         """Give a leader what it has asked for, as far as there is anything for it; whether there was an answer."""
         if self.stopped:
             return True  # it was told
-        if not self._pending and not self._holders:
+        if self._next is None and not self._holders:
             self._give(replica, [])
         elif batch := self._share(replica):
             self._give(replica, batch)
@@ -170,11 +189,12 @@ class Coordinator:
         nearest record: what it holds already counts, so that none hoards what another could do."""
         room = self._unfinished_cost * replica.speed(self._scale) / self._speed - replica.held_cost
         batch: list[int] = []
-        while self._pending and len(batch) < replica.wanted:
-            cost = self._costs[self._pending[-1]]
+        while self._next is not None and len(batch) < replica.wanted:
+            cost = self._costs[self._next]
             if (batch or replica.held) and room < cost / 2:
                 break
-            batch.append(self._pending.pop())
+            batch.append(self._next)
+            self._next = next(self._order, None)
             room -= cost
         return batch
 

@@ -7,7 +7,7 @@ from math import ceil
 from mpinfer.errors import RecordError
 from mpinfer.forward.first import make_sampler
 from mpinfer.forward.prepare import make_preparer
-from mpinfer.plan.cost import Demand, Mix, StageCost
+from mpinfer.plan.cost import Demand, EvenCosts, Mix, StageCost
 from mpinfer.plan.layout import Replica
 from mpinfer.plan.machine import Link
 from mpinfer.plan.simulate import Simulated, simulate
@@ -65,9 +65,9 @@ class ForwardEstimator:
         source = _VirtualBatches(records, replica.micro_batch, self._size)
         return simulate(source, stages, hops, self._row_bytes)
 
-    def record_costs(self, stages: Sequence[StageCost], micro_batch: int, lengths: Sequence[int]) -> list[float]:
+    def record_costs(self, stages: Sequence[StageCost], micro_batch: int, lengths: Sequence[int]) -> EvenCosts:
         ((demand, steps),) = self.mix(micro_batch)
-        return [sum(stage.seconds(demand) for stage in stages) * steps] * len(lengths)
+        return EvenCosts(sum(stage.seconds(demand) for stage in stages) * steps, len(lengths))
 
 
 class _VirtualBatches:

@@ -3,6 +3,7 @@
 The sample's sequences go through the very scheduler that a replica uses, in virtual time.
 """
 
+from array import array
 from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Many
@@ -101,13 +102,13 @@ class DecodeEstimator:
         source = _VirtualRing(picked, replica, max(self._step_tokens, replica.micro_batch), max_length)
         return simulate(source, stages, hops, self._row_bytes)
 
-    def record_costs(self, stages: Many[StageCost], micro_batch: int, lengths: Many[int]) -> list[float]:
+    def record_costs(self, stages: Many[StageCost], micro_batch: int, lengths: Many[int]) -> Many[float]:
         """Seconds of a replica's stages that each record is expected to take, by the bytes of its line."""
         prompt_s, new_s = (
             sum(stage.seconds(demand) for stage in stages) * steps for demand, steps in self.mix(micro_batch)
         )
         mean = self._bytes / max(1, len(self._sample)) or 1.0
-        return [prompt_s * length / mean + new_s for length in lengths]
+        return array("f", (prompt_s * length / mean + new_s for length in lengths))
 
 
 class _VirtualRing:

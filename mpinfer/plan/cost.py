@@ -52,6 +52,20 @@ class Demand:
     pairs: float = 0.0  # of a token of a prompt and one that it attends to
 
 
+@dataclass(frozen=True)
+class EvenCosts(Sequence[float]):
+    """What each of so many records costs, where that is the same."""
+
+    cost: float
+    records: int
+
+    def __len__(self) -> int:
+        return self.records
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.cost
+
+
 Mix = tuple[tuple[Demand, float], ...]
 """Kinds of steps, and how many of each a record takes."""
 

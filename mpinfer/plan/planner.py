@@ -51,7 +51,7 @@ class Estimator(Protocol):
     def simulate(self, replica: Replica, stages: Sequence[StageCost], hops: Sequence[Link], records: int) -> Simulated:
         """So many records in virtual time on one replica."""
 
-    def record_costs(self, stages: Sequence[StageCost], micro_batch: int, lengths: Sequence[int]) -> list[float]:
+    def record_costs(self, stages: Sequence[StageCost], micro_batch: int, lengths: Sequence[int]) -> Sequence[float]:
         """Seconds of a replica's stages that each record is expected to take, by the bytes of its line."""
 
 

@@ -12,10 +12,10 @@ import os
 import threading
 import zlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from mpinfer.errors import OutputError
 from mpinfer.records.files import (
@@ -35,6 +35,8 @@ SYNC_RESULTS = 64  # results that wait for one fsync,
 SYNC_INTERVAL_S = 1.0  # and the longest that one of them waits
 
 _CRC_BYTES = 8
+_T = TypeVar("_T")
+_READ_BYTES = 1 << 12  # at a time, of a line of unknown length
 _log = logging.getLogger(__name__)
 
 
@@ -47,6 +49,37 @@ class Progress:
     total: int
 
 
+class Done(Set[int]):
+    """Indices of records with a result, and where its line in the journal begins: behind the header, so never at 0. In
+    5 bytes a record, of which the high one is not touched before the journal is 4 GB long."""
+
+    def __init__(self, records: int) -> None:
+        self._low, self._high = array("I", [0]) * records, bytearray(records)
+        self._count = 0
+
+    @classmethod
+    def _from_iterable(cls, it: Iterable[_T]) -> set[_T]:
+        """What set operations make."""
+        return set(it)
+
+    def enter(self, index: int, offset: int) -> None:
+        """For one that is not yet in."""
+        self._count += 1
+        self._high[index], self._low[index] = divmod(offset, 1 << 32)
+
+    def offset(self, index: int) -> int:
+        return (self._high[index] << 32) + self._low[index]
+
+    def __contains__(self, index: object) -> bool:
+        return isinstance(index, int) and 0 <= index < len(self._low) and self.offset(index) > 0
+
+    def __iter__(self) -> Iterator[int]:
+        return (index for index in range(len(self._low)) if self.offset(index))
+
+    def __len__(self) -> int:
+        return self._count
+
+
 class Journal:
     """Append-only, checksummed, fsynced file of results: what makes a killed run resumable.
 
@@ -54,7 +87,7 @@ class Journal:
     `append` does not wait for the disk; when it fails, every later `append`, `flush` and `close` says so.
     """
 
-    done: set[int]  # indices of records with a result, from earlier runs and from this one
+    done: "Done"  # indices of records with a result, from earlier runs and from this one
     errors: int  # how many of those results are errors
     identity: dict[str, Any]
     input_sha256: str
@@ -108,15 +141,13 @@ class Journal:
         """Take over a locked descriptor; `open` is the way in."""
         self.identity = json.loads(json.dumps(identity))  # as it will be read back
         self.input_sha256 = input_sha256
-        self.done = set()
+        self.done = Done(len(ids))
         self.errors = 0
         self.complete = _is_complete(directory)
         self._fd = fd
         self._directory = directory
         self._path = directory / JOURNAL
         self._ids = ids
-        self._offsets = array("q", [0]) * len(ids)  # of each record's journal line, where it is done
-        self._lengths = array("q", [0]) * len(ids)
         self._end = self._recover()  # where the next line will go
         self._durable = self._end  # what the disk surely has ends here
 
@@ -142,7 +173,7 @@ class Journal:
             self._check_usable()
             if result["index"] in self.done:
                 return
-            self._enter(result, self._end, len(line))
+            self._enter(result, self._end)
             self._end += len(line)
             self._pending.append(line)
             if len(self._pending) in (1, SYNC_RESULTS):  # what the writer waits for; others need not wake it
@@ -161,16 +192,25 @@ class Journal:
     def results_in_order(self) -> Iterator[bytes]:
         """Results as JSON without a line end, by index. Only before `close`; raises `OutputError`."""
         self.flush()
-        for index in range(len(self._ids)):
-            if index in self.done:
-                with output_errors(self._path):
-                    payload = _decode(os.pread(self._fd, self._lengths[index], self._offsets[index]))
-                if payload is None:
-                    raise OutputError(
-                        f"{self._path}: the result of record {index} was damaged after it was written; "
-                        "check the file system, then run again with --resume"
-                    )
-                yield payload
+        for index in self.done:
+            with output_errors(self._path):
+                payload = _decode(self._line(self.done.offset(index)))
+            if payload is None:
+                raise OutputError(
+                    f"{self._path}: the result of record {index} was damaged after it was written; "
+                    "check the file system, then run again with --resume"
+                )
+            yield payload
+
+    def _line(self, offset: int) -> bytes:
+        """The line that begins there, or what is left of it."""
+        line = b""
+        while not line.endswith(b"\n"):
+            piece = os.pread(self._fd, max(_READ_BYTES, len(line)), offset + len(line))
+            line += piece[: piece.find(b"\n") + 1] or piece
+            if not piece:
+                break
+        return line
 
     def close(self) -> None:
         """Make every result durable and release the lock. Raises `OutputError` when one could not be."""
@@ -225,12 +265,9 @@ class Journal:
             return f"result for record {index} without exactly one of output and error"
         return None
 
-    def _enter(self, result: dict[str, Any], offset: int, length: int) -> None:
-        index = result["index"]
-        self.done.add(index)
+    def _enter(self, result: dict[str, Any], offset: int) -> None:
+        self.done.enter(result["index"], offset)
         self.errors += "error" in result
-        self._offsets[index] = offset
-        self._lengths[index] = length
 
     def _recover(self) -> int:
         """Enter what the file holds, cut off a torn tail, write a missing header; the offset of the end."""
@@ -277,7 +314,7 @@ class Journal:
                 if number == 1:
                     self._match(json.loads(payload))
                 else:
-                    self._reenter(json.loads(payload), number, offset, length)
+                    self._reenter(json.loads(payload), number, offset)
                 end = offset + length
         return end
 
@@ -303,12 +340,12 @@ class Journal:
                 f"begun with {header['input_sha256']}); restore the input or choose another output.path"
             )
 
-    def _reenter(self, result: dict[str, Any], number: int, offset: int, length: int) -> None:
+    def _reenter(self, result: dict[str, Any], number: int, offset: int) -> None:
         problem = self._problem(result)
         if problem is not None:
             raise OutputError(f"{self._path}: line {number} is a {problem}; choose another output.path")
         if result["index"] not in self.done:
-            self._enter(result, offset, length)
+            self._enter(result, offset)
 
 
 def read_progress(directory: Path) -> Progress | None:
@@ -325,10 +362,12 @@ def read_progress(directory: Path) -> Progress | None:
         header: dict[str, Any] = next(entries, {})
         if header.get("journal") != FORMAT:
             return None
-        failed: dict[int, bool] = {}
+        total: int = header["count"]
+        kinds = bytearray(total)  # of results; the first one of a record wins
         for result in entries:
-            failed.setdefault(result["index"], "error" in result)
-    return Progress(len(failed), sum(failed.values()), header["count"])
+            kinds[result["index"]] = kinds[result["index"]] or 1 + ("error" in result)
+    failed = kinds.count(2)
+    return Progress(kinds.count(1) + failed, failed, total)
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes | None, int]]:

@@ -5,12 +5,13 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mpinfer.errors import OutputError
 from mpinfer.records.files import JOURNAL, MANIFEST, RESULTS, output_errors, read_manifest, write_atomically
 from mpinfer.records.journal import Journal, read_progress
 from mpinfer.records.shards import named_files, remove_others
+from mpinfer.records.unique import Names
 
 _MOST_PROBLEMS = 20  # that are told one by one
 
@@ -33,10 +34,11 @@ def merge(directory: Path, journal: Journal, total: int, facts: dict[str, Any]) 
     a record from 0 to `total` - 1 has no result or a file cannot be written.
     """
     directory = Path(directory)
-    missing = [index for index in range(total) if index not in journal.done]
+    missing = total - len(journal.done)
     if missing:
+        first = next(index for index in range(total) if index not in journal.done)
         raise OutputError(
-            f"{directory}: {len(missing)} of {total} records have no result, record {missing[0]} is the first; "
+            f"{directory}: {missing} of {total} records have no result, record {first} is the first; "
             "run again with --resume"
         )
     digest = hashlib.sha256()
@@ -125,13 +127,15 @@ def _judge_results(directory: Path, verdict: Verdict) -> None:
     _judge_arrays(directory, manifest, verdict)
     digest = hashlib.sha256()
     results_bytes = 0
-    seen: set[str | int] = set()
+    names = Names()
     with (directory / RESULTS).open("rb") as file:
         for index, line in enumerate(file):
             digest.update(line)
             results_bytes += len(line)
             verdict.records += 1
-            _judge_line(index, line, seen, verdict)
+            name = _judge_line(index, line, verdict)
+            names.add((index,) if name is None else name)  # which is nobody's id
+        _judge_suspects(file, set(names.suspects()), verdict)
     for key, found in {
         "results_bytes": results_bytes,
         "results_sha256": digest.hexdigest(),
@@ -161,26 +165,36 @@ def _judge_arrays(directory: Path, manifest: dict[str, Any], verdict: Verdict) -
             verdict.problems.append(f"{name} has {found} bytes, not {size_bytes}.")
 
 
-def _judge_line(index: int, line: bytes, seen: set[str | int], verdict: Verdict) -> None:
-    """Judge line `index` (from 0) of the results; `seen` are the ids above it."""
+def _judge_line(index: int, line: bytes, verdict: Verdict) -> str | int | None:
+    """Judge line `index` (from 0) of the results; its id, if it has one."""
     where = f"Line {index + 1} of {RESULTS}"
     try:
         result = json.loads(line.decode())
     except (ValueError, RecursionError):
         verdict.problems.append(f"{where} is not JSON.")
-        return
+        return None
     if not isinstance(result, dict):
         verdict.problems.append(f"{where} is not a JSON object.")
-        return
+        return None
     if result.get("index") != index:
         verdict.problems.append(f"{where} has index {result.get('index')}, not {index}.")
-    name = result.get("id")
-    if not isinstance(name, str | int):
-        verdict.problems.append(f"{where} has no id.")
-    elif name in seen:
-        verdict.problems.append(f"{where} repeats the id {name!r} of an earlier line.")
-    else:
-        seen.add(name)
     if ("output" in result) == ("error" in result):
         verdict.problems.append(f"{where} has not exactly one of output and error.")
     verdict.failed += "error" in result
+    name = result.get("id")
+    if not isinstance(name, str | int):
+        verdict.problems.append(f"{where} has no id.")
+        return None
+    return name
+
+
+def _judge_suspects(file: BinaryIO, suspects: set[int], verdict: Verdict) -> None:
+    """Judge those lines whose id another may have."""
+    file.seek(0)
+    seen: set[str | int] = set()
+    for index, line in enumerate(file if suspects else ()):
+        if index in suspects:
+            name = json.loads(line)["id"]
+            if name in seen:
+                verdict.problems.append(f"Line {index + 1} of {RESULTS} repeats the id {name!r} of an earlier line.")
+            seen.add(name)

@@ -6,18 +6,23 @@ import json
 import reprlib
 import stat
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from mpinfer.errors import InputError
 from mpinfer.records.files import encode_json
+from mpinfer.records.unique import Names
 
 LINE_LIMIT_BYTES = 64 * 2**20
+_RUN = 64  # lines: what finding one of them adds up
+_KNOWN_IDS = 1 << 14  # of records that were asked for last: more than are in hand at a time
 
 
 class JsonlInput:
-    """Records of a JSONL file, by index; their text stays in the file, only byte offsets are held.
+    """Records of a JSONL file, by index; their text and ids stay in the file. Some 5 bytes a record are held.
 
     Blank lines are skipped and a UTF-8 byte order mark is tolerated. `check` says in words what is wrong with
     a record, or returns None. Raises `InputError` when the file cannot be read, holds no record, or has a
@@ -27,7 +32,7 @@ class JsonlInput:
     alone, unless `convert` raises `InputError`: that one line is enough to refuse the file.
     """
 
-    ids: list[str | int]  # of each record; its index where the record gives none
+    ids: Sequence[str | int]  # of each record; its index where the record gives none
     sha256: str  # of the file's bytes, in hex
     total_bytes: int  # of all records' lines, without line ends
     refused: dict[int, str]  # what is wrong with records that cannot be computed, by index; their ids are their indices
@@ -40,9 +45,9 @@ class JsonlInput:
     ) -> None:
         self._path = Path(path)
         self._convert = convert
-        self._offsets = array("q")
-        self._lengths = array("q")
-        self.ids = []
+        self._lengths = array("I")
+        self._end_bytes = 0  # of the first record's line end, which all others should have
+        self._run_starts, self._run_offsets = array("q"), array("q")  # of lines that only such line ends are between
         self.refused = {}
         self._file = self._open()
         try:
@@ -56,7 +61,7 @@ class JsonlInput:
         self.total_bytes = sum(self._lengths)
 
     def __len__(self) -> int:
-        return len(self._offsets)
+        return len(self._lengths)
 
     @property
     def lengths(self) -> Sequence[int]:
@@ -71,7 +76,7 @@ class JsonlInput:
     def source(self, index: int) -> bytes:
         """The raw line of one record, without its line end. Raises `InputError` when it is gone."""
         try:
-            self._file.seek(self._offsets[index])
+            self._file.seek(self._offset(index))
             line = self._file.read(self._lengths[index])
         except OSError as error:
             raise self._unreadable(error) from error
@@ -103,7 +108,7 @@ class JsonlInput:
 
     def _scan(self, check: Callable[[dict[str, Any]], str | None]) -> None:
         digest = hashlib.sha256()
-        lines_of_ids: dict[str | int, int] = {}
+        names: Names | None = None  # not before a record gives an id
         first_problem = ""
         bad_lines = 0
         offset = 0
@@ -112,29 +117,91 @@ class JsonlInput:
             line = raw[bom_bytes:].rstrip(b"\r\n")
             cut_off = len(raw) > LINE_LIMIT_BYTES and not raw.endswith(b"\n")
             if line.strip() or cut_off:
+                index = len(self)
+                name: str | int | None = None
                 try:
                     if cut_off:
                         raise ValueError(f"longer than the limit of {LINE_LIMIT_BYTES} bytes")
                     record = _parse(line) if self._convert is None else self._convert(_parse(line))
-                    self.ids.append(_check_record(record, len(self.ids), number, lines_of_ids, check))
+                    name = _check_record(record, index, check)
+                    if "id" in record and names is None:
+                        names = Names()
+                        for earlier in range(index):
+                            names.add(earlier)
                 except InputError as error:
                     raise InputError(f"{self._path}: line {number}: {error}") from None
                 except ValueError as problem:
                     if self._convert is not None:
-                        self.refused[len(self.ids)] = f"line {number}: {problem}"
+                        self.refused[index] = f"line {number}: {problem}"
                     else:
                         first_problem = first_problem or f"line {number}: {problem}"
                         bad_lines += 1
-                    self.ids.append(len(self.ids))  # later default ids stay what they would have been
-                self._offsets.append(offset + bom_bytes)
-                self._lengths.append(len(line))
+                if names is not None:
+                    names.add((index,) if name is None else name)  # which is nobody's id
+                if not index:
+                    self._end_bytes = len(raw) - bom_bytes - len(line)
+                self._enter(offset + bom_bytes, len(line))
             offset += len(raw)
+        if not bad_lines and names is not None:
+            first_problem, bad_lines = self._refuse_repeated(names)
         if bad_lines:
             more = "" if bad_lines == 1 else f" (and {bad_lines - 1} more line{'s' * (bad_lines > 2)})"
             raise InputError(f"{self._path}: {first_problem}; correct that line{more}")
-        if not self.ids:
+        if not len(self):
             raise InputError(f"{self._path}: the input holds no record; give a file with one JSON object a line")
+        self.ids = range(len(self)) if names is None else _Ids(len(self), self._name)
         self.sha256 = digest.hexdigest()
+
+    def _enter(self, offset: int, length: int) -> None:
+        """Note where the next record's line is."""
+        index = len(self)
+        if not index or index - self._run_starts[-1] == _RUN or offset != self._offset(index):
+            self._run_starts.append(index)
+            self._run_offsets.append(offset)
+        self._lengths.append(length)
+
+    def _offset(self, index: int) -> int:
+        """Where a record's line begins: behind those before it in its run, and their line ends."""
+        run = bisect_right(self._run_starts, index) - 1
+        start = self._run_starts[run]
+        return self._run_offsets[run] + sum(self._lengths[start:index]) + (index - start) * self._end_bytes
+
+    def _name(self, index: int) -> str | int:
+        name: str | int = index if index in self.refused else json.loads(self.line(index)).get("id", index)
+        return name
+
+    def _refuse_repeated(self, names: Names) -> tuple[str, int]:
+        """Refuse records that repeat the id of an earlier one; the first such line, and how many there are."""
+        earlier: dict[str | int, int] = {}
+        repeated: list[tuple[int, int]] = []  # records, and the earlier ones
+        for index in names.suspects():
+            if index not in self.refused and earlier.setdefault(name := self._name(index), index) != index:
+                repeated.append((index, earlier[name]))
+        lines = self._line_numbers({index for pair in repeated for index in pair})
+        problems = []
+        for index, first in repeated:
+            name = self._name(index)
+            hint = " (a record without an id gets its index)" if type(name) is int else ""
+            problems.append(
+                f"line {lines[index]}: id {reprlib.repr(name)} is on lines {lines[first]} and {lines[index]}, "
+                f"but ids must be unique{hint}"
+            )
+        if self._convert is not None:
+            self.refused.update((index, problem) for (index, _), problem in zip(repeated, problems, strict=True))
+            return "", 0
+        return problems[0] if problems else "", len(problems)
+
+    def _line_numbers(self, indices: set[int]) -> dict[int, int]:
+        """Of records, from 1."""
+        wanted = {self._offset(index): index for index in indices}
+        found, offset = {}, 0
+        self._file.seek(0)
+        for number, raw in enumerate(self._file if wanted else (), start=1):
+            begins = offset + (len(codecs.BOM_UTF8) if number == 1 and raw.startswith(codecs.BOM_UTF8) else 0)
+            if begins in wanted:
+                found[wanted[begins]] = number
+            offset += len(raw)
+        return found
 
     def _raw_lines(self, update: Callable[[bytes], object]) -> Iterator[bytes]:
         """Each line with its end, hashed on the way. Of one over the limit, its beginning."""
@@ -147,24 +214,27 @@ class JsonlInput:
             yield line
 
 
-def _check_record(
-    record: dict[str, Any],
-    index: int,
-    number: int,
-    lines_of_ids: dict[str | int, int],
-    check: Callable[[dict[str, Any]], str | None],
-) -> str | int:
-    """The id of the record of a line, entered into `lines_of_ids`; raises `ValueError` with the problem."""
+class _Ids(Sequence[str | int]):
+    """Ids that are read where they stand."""
+
+    def __init__(self, count: int, name: Callable[[int], str | int]) -> None:
+        self._count, self._name = count, lru_cache(_KNOWN_IDS)(name)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._name(range(self._count)[index])
+
+
+def _check_record(record: dict[str, Any], index: int, check: Callable[[dict[str, Any]], str | None]) -> str | int:
+    """The id of a record; raises `ValueError` with the problem."""
     problem = check(record)
     if problem is not None:
         raise ValueError(problem)
     name = record.get("id", index)
     if type(name) not in (str, int):
         raise ValueError(f"id must be a string or an integer, not {reprlib.repr(name)}")
-    earlier = lines_of_ids.setdefault(name, number)
-    if earlier != number:
-        hint = " (a record without an id gets its index)" if type(name) is int else ""
-        raise ValueError(f"id {reprlib.repr(name)} is on lines {earlier} and {number}, but ids must be unique{hint}")
     return name
 
 

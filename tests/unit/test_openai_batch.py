@@ -36,7 +36,7 @@ def job(path: Path, **sections: Any) -> JobSpec:
 def refusal(tmp_path: Path, line: Any) -> str:
     """What is wrong with a line that stands behind a good one."""
     records, _ = read(tmp_path, {**request(CHAT), "custom_id": "good"}, line)
-    assert records.ids == ["good", 1]
+    assert list(records.ids) == ["good", 1]
     assert list(records.refused) == [1]
     message = records.refused[1]
     assert message.startswith("line 2: ")
@@ -198,7 +198,7 @@ def test_lines_that_are_no_object(tmp_path: Path, line: str) -> None:
 
 def test_blank_lines_are_skipped_and_good_lines_converted(tmp_path: Path) -> None:
     records, rules = read(tmp_path, "", request(CHAT, max_tokens=7, n=2, temperature=1), " ", "{")
-    assert (len(records), records.ids, list(records.refused)) == (2, ["a", 1], [1])
+    assert (len(records), list(records.ids), list(records.refused)) == (2, ["a", 1], [1])
     assert json.loads(records.line(0)) == to_record(json.loads(records.source(0)), "generate")
     assert records.source(1) == b"{"
     assert (rules.needs_logits, rules.new_tokens) == (True, 14)

@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import sys
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def test_records_by_index(tmp_path: Path) -> None:
     content = b"\n".join(lines) + b"\n"
     records = read(tmp_path, content)
     assert len(records) == 3
-    assert records.ids == ["a", 1, 7]
+    assert list(records.ids) == ["a", 1, 7]
     assert [records.line(i) for i in (2, 0, 1, 2)] == [lines[2], lines[0], lines[1], lines[2]]
     assert list(records.lengths) == [len(line) for line in lines]
     assert records.total_bytes == sum(len(line) for line in lines)
@@ -51,7 +52,7 @@ def test_records_by_index(tmp_path: Path) -> None:
 def test_line_ends_blank_lines_and_bom(tmp_path: Path, end: bytes, last: bool, bom: bytes) -> None:
     content = bom + end.join([b'{"prompt": "a"}', b"", b" \t", b'{"prompt": "b"}']) + (end if last else b"")
     records = read(tmp_path, content)
-    assert records.ids == [0, 1]
+    assert list(records.ids) == [0, 1]
     assert [records.line(0), records.line(1)] == [b'{"prompt": "a"}', b'{"prompt": "b"}']
     assert records.sha256 == hashlib.sha256(content).hexdigest()
 
@@ -129,6 +130,23 @@ def test_the_first_of_several_bad_lines_is_named_and_the_others_counted(tmp_path
     assert "more line" not in problem(tmp_path, b'{}\n{"prompt": "a"}\n')
 
 
+def test_many_records_are_found_again_and_take_little_memory(tmp_path: Path) -> None:
+    lines = [b'{"id": "%d", "prompt": "%b"}' % (n, b"x" * (n % 7)) for n in range(5000)]
+    ends = [b"\n\n" if n % 100 == 3 else b" \n" if n % 50 == 7 else b"\n" for n in range(5000)]
+    records = read(tmp_path, b"".join(line + end for line, end in zip(lines, ends, strict=True)))
+    assert [records.line(n).rstrip() for n in range(5000)] == lines
+    assert list(records.ids) == [str(n) for n in range(5000)]
+    held = [value for value in vars(records).values() if isinstance(value, array)]
+    assert sum(len(each) * each.itemsize for each in held) < 7 * len(records)
+
+
+def test_all_repeated_ids_are_counted(tmp_path: Path) -> None:
+    content = b"".join(b'{"id": %d, "prompt": "x"}\n' % (n % 90) for n in range(100))
+    message = problem(tmp_path, content)
+    assert message.startswith("line 91: id 0 is on lines 1 and 91")
+    assert message.endswith("(and 9 more lines)")
+
+
 def test_duplicate_ids(tmp_path: Path) -> None:
     message = problem(tmp_path, b'\n{"id": "a", "prompt": "x"}\n{"prompt": "x"}\n\n{"id": "a", "prompt": "y"}')
     assert message.startswith("line 5: id 'a' is on lines 2 and 5")
@@ -147,7 +165,8 @@ def test_a_bad_line_does_not_shift_default_ids_into_others(tmp_path: Path) -> No
 
 
 def test_a_string_and_an_integer_are_different_ids(tmp_path: Path) -> None:
-    assert read(tmp_path, b'{"id": "1", "prompt": "x"}\n{"id": 1, "prompt": "x"}').ids == ["1", 1]
+    records = read(tmp_path, b'{"id": "1", "prompt": "x"}\n{"id": 1, "prompt": "x"}')
+    assert list(records.ids) == ["1", 1]
 
 
 def test_lines_over_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
