@@ -41,6 +41,7 @@ class World:
 
     def __init__(self, size: int) -> None:
         self.size, self.now = size, 0.0
+        self.lost: set[int] = set()
         self.messages = self.bytes = 0
         self.coordinator_s = 0.0  # of this machine's time
         self._handlers: dict[str, Callable[[int, Any], None]] = {}

@@ -52,5 +52,9 @@ class TransportError(MpinferError):
     exit_code = ExitCode.FAULT
 
 
+class WorldLostError(TransportError):
+    """Ranks have died that the others cannot do without."""
+
+
 class RecordError(MpinferError):
     """One record cannot be computed. It becomes that record's result; the run goes on."""

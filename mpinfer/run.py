@@ -21,7 +21,7 @@ from mpinfer.cluster.memory import local_memory_bytes
 from mpinfer.coordinator.dispatch import Coordinator
 from mpinfer.coordinator.progress import Progress
 from mpinfer.coordinator.stop import Stop
-from mpinfer.errors import ExitCode
+from mpinfer.errors import ExitCode, MpinferError, WorldLostError
 from mpinfer.layout import Expected, Layout, device, lay_out, time_steps
 from mpinfer.observe.report import Before, timing, timing_table
 from mpinfer.observe.watchdog import Watchdog
@@ -32,8 +32,9 @@ from mpinfer.records.journal import Journal
 from mpinfer.records.manifest import merge
 from mpinfer.records.openai_batch import responses_file, write_responses
 from mpinfer.spec import JobSpec, spec_from_dict
-from mpinfer.transport.control import ACCOUNT, COORDINATOR, STOP
+from mpinfer.transport.control import ACCOUNT, COORDINATOR, END, STOP
 from mpinfer.transport.endpoint import Agreed, agree, everywhere, library_version
+from mpinfer.transport.lost import RankLost, is_loss
 from mpinfer.version import VERSION
 from mpinfer.world import World, join_world, versions
 
@@ -50,7 +51,14 @@ def run_job(read_spec: Callable[[], JobSpec], resume: bool, dry_run: bool) -> Ex
     when there is no world to run in.
     """
     try:
-        return _run(join_world(), read_spec, resume, dry_run)
+        world = join_world()
+        try:
+            return _run(world, read_spec, resume, dry_run)
+        except MpinferError as error:  # one rank's alone, in the midst of the work
+            if world.endpoint.size > 1:
+                sys.excepthook(*sys.exc_info())  # the others wait for it
+            print(f"mpinfer: fatal on {world}: {error}; --resume continues the run", file=sys.stderr)
+            return ExitCode.FAULT
     except Agreed as error:
         if error.rank == COORDINATOR:
             print(f"mpinfer: error: {error}", file=sys.stderr, flush=True)
@@ -85,6 +93,8 @@ def _run(world: World, read_spec: Callable[[], JobSpec], resume: bool, dry_run: 
     layout = lay_out(world, spec, look)
     code = ExitCode.COMPLETE if dry_run else _compute(world, spec, layout, files, stop, watchdog)
     watchdog.close()
+    if world.endpoint.lost:
+        world.endpoint.leave(code)
     return code
 
 
@@ -110,10 +120,48 @@ def _compute(
         before = Before(start_s, load_s, layout.planned_s, expected.wall_s)
         return _coordinate(world, rank, layout, expected, files, before, stop)
     stop.drain(spec.stop.drain_limit_s)
-    rank.run()
-    world.endpoint.send(COORDINATOR, ACCOUNT, _close_account(world, rank))
-    world.endpoint.flush()
-    return ExitCode(world.endpoint.broadcast(None))
+    codes: list[int] = []
+    world.endpoint.on(END, lambda source, code: codes.append(code))
+    _run_part(world, layout, rank, None)
+    world.endpoint.wait_until(lambda: bool(codes), "the end of the run")
+    return ExitCode(codes[0])
+
+
+def _run_part(world: World, layout: Layout, rank: "Rank", coordinator: Coordinator | None) -> None:
+    """This rank's share of the computing, and its account. Where MPI outlives ranks that die, a replica that has lost
+    one ends early, and the other replicas do its work; `coordinator` is rank 0's.
+
+    Raises `WorldLostError` when rank 0 has died, or nobody is left to do the work.
+    """
+    endpoint, looping = world.endpoint, True
+    own = next(set(replica.ranks) for replica in layout.plan.replicas if endpoint.rank in replica.ranks)
+
+    def lose(lost: set[int]) -> None:
+        if COORDINATOR in lost:
+            raise WorldLostError("rank 0 has died, and with it who gathers the results")
+        for replica in layout.plan.replicas:
+            if coordinator is not None and lost.intersection(replica.ranks):
+                dead = ", ".join(str(rank) for rank in replica.ranks if rank in lost)
+                world.say(f"warning: rank {dead} has died; other replicas take over what its replica had in hand")
+                coordinator.lose(replica.leader, replica.ranks)
+        if looping and lost & own:
+            raise RankLost
+
+    endpoint.when_lost = lose
+    try:
+        rank.run()
+    except WorldLostError:
+        raise
+    except Exception as error:
+        looping = False
+        if is_loss(error):
+            endpoint.wait_until(lambda: bool(endpoint.find_lost() & own), "word of who has died")
+        if not endpoint.find_lost() & own:
+            raise
+        rank.abandon()
+    looping = False
+    endpoint.send(COORDINATOR, ACCOUNT, _close_account(world, rank))
+    endpoint.flush()
 
 
 def _coordinate(
@@ -130,7 +178,7 @@ def _coordinate(
     for index in sorted(records.refused.keys() - journal.done):
         error = {"type": "RecordError", "message": records.refused[index]}
         keep({"index": index, "id": records.ids[index], "error": error})
-    every = range(len(records))
+    done_before, every = len(journal.done), range(len(records))
     pending = array("I", (index for index in every if index not in journal.done)) if journal.done else every
     coordinator = Coordinator(world.endpoint, records, expected.record_s, pending, expected.speeds, keep)
 
@@ -144,37 +192,44 @@ def _coordinate(
     world.endpoint.on(STOP, told_to_stop)
     stop.drain(limit_s, save=journal.flush)
     started = time.perf_counter()
-    rank.run()
-    world.endpoint.send(COORDINATOR, ACCOUNT, _close_account(world, rank))
+    _run_part(world, layout, rank, coordinator)
+    world.endpoint.wait_until(lambda: coordinator.complete or coordinator.finished)
     wall_s = time.perf_counter() - started
     most_s = min(_MOST_PATIENCE_S, files.spec.watchdog.timeout_s / 2 or _MOST_PATIENCE_S)  # before the watchdog's ends
     patience_s = min(max(wall_s, _LEAST_PATIENCE_S), most_s)
     world.endpoint.wait_until(
         lambda: coordinator.finished or (coordinator.complete and time.perf_counter() - started > wall_s + patience_s)
     )
-    missing = [rank for rank in range(world.endpoint.size) if rank not in coordinator.accounts]
-    if not missing:
+    silent = sorted(coordinator.silent)
+    if not silent:
         wall_s = time.perf_counter() - started
     progress.close()
-    if coordinator.stopped and not coordinator.complete:
-        journal.close()
-        world.say(f"{files.directory}: stopped, {len(journal.done)} of {len(records)} records done; --resume goes on")
-        world.endpoint.broadcast(int(ExitCode.INTERRUPTED))
-        return ExitCode.INTERRUPTED
     accounts = [account for _, account in sorted(coordinator.accounts.items())]
-    account = timing(layout.plan, len(pending), wall_s, before, accounts)
+    account = timing(layout.plan, len(journal.done) - done_before, wall_s, before, accounts, world.endpoint.lost)
+    if not coordinator.complete:
+        files.stop(account)
+        world.say(f"{files.directory}: stopped, {len(journal.done)} of {len(records)} records done; --resume goes on")
+        _end(world, ExitCode.INTERRUPTED)
+        return ExitCode.INTERRUPTED
     files.finish(account)
-    if not missing:
-        world.endpoint.broadcast(int(files.exit_code))
+    if not silent:
+        _end(world, files.exit_code)
     print(timing_table(account), flush=True)
     world.say(f"{files.responses or files.directory}: complete, {len(records)} records, {journal.errors} failed")
-    if missing:
+    if silent:
         world.say(
-            f"warning: every result is here, but no word of rank {', '.join(map(str, missing))} for "
+            f"warning: every result is here, but no word of rank {', '.join(map(str, silent))} for "
             f"{patience_s:.0f} s: others did their work again; ending the world without them"
         )
         world.endpoint.abort(files.exit_code)
     return files.exit_code
+
+
+def _end(world: World, code: ExitCode) -> None:
+    """Tell the other ranks how the run has ended."""
+    for rank in range(1, world.endpoint.size):
+        world.endpoint.send(rank, END, int(code))
+    world.endpoint.flush()
 
 
 class OutputFiles:
@@ -193,7 +248,7 @@ class OutputFiles:
 
     def finish(self, account: dict[str, Any]) -> None:
         """Write the account, the ordered results, the manifest that says they are complete, and the responses."""
-        write_atomically(self.directory / "timing.json", json.dumps(account, indent=2).encode() + b"\n")
+        self._write_account(account)
         facts = {
             "spec": self.spec.to_dict(),
             "spec_fingerprint": self.spec.fingerprint(),
@@ -203,6 +258,14 @@ class OutputFiles:
         merge(self.directory, self.journal, len(self.records), facts)
         self.write_responses()
         self.journal.close()
+
+    def stop(self, account: dict[str, Any]) -> None:
+        """Leave the journal to another run, and the account of this one."""
+        self._write_account(account)
+        self.journal.close()
+
+    def _write_account(self, account: dict[str, Any]) -> None:
+        write_atomically(self.directory / "timing.json", json.dumps(account, indent=2).encode() + b"\n")
 
     def write_responses(self) -> None:
         """Of a complete run. Again, if need be: the run may have been killed before, or the file moved away."""

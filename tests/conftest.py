@@ -27,6 +27,7 @@ _WITH_MPI = ("mpi", "faults")  # directories
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="run the tests marked slow, too")
+    parser.addoption("--restarts", type=int, default=0, metavar="N", help="kill one run N times in a row")
     parser.addoption("--kills", type=int, default=0, metavar="N", help="kill ranks at N random moments")
 
 

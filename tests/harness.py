@@ -37,13 +37,14 @@ class Mpi:
 
     name: str
     bin_dir: Path
+    options: tuple[str, ...] = ()  # of its launcher, besides the usual ones
 
     def command(self, ranks: int | None, args: Sequence[Any]) -> list[str]:
         """Start a program of this environment on `ranks` ranks; on None alone, without a launcher."""
         program = [str(self.bin_dir / str(args[0])), *map(str, args[1:])]
         if ranks is None:
             return program
-        return [str(self.bin_dir / "mpiexec"), *_LAUNCHER_OPTIONS[self.name], "-n", str(ranks), *program]
+        return [str(self.bin_dir / "mpiexec"), *_LAUNCHER_OPTIONS[self.name], *self.options, "-n", str(ranks), *program]
 
 
 def find_mpis() -> list[Mpi]:

@@ -10,12 +10,14 @@ When all are handed out, those who have nothing left get copies of what others a
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
+from itertools import chain
 from typing import Any, Protocol
 
 from mpinfer.coordinator.replica import Replica, pace_of_speed
+from mpinfer.errors import WorldLostError
 from mpinfer.plan.cost import EvenCosts
 from mpinfer.transport.control import ACCOUNT, COMPUTED, DROP, FINISH, RECORDS, RESULTS, WANT, Control
 
@@ -86,12 +88,16 @@ class Coordinator:
         self._scale = 0.0  # cost per second of a replica of speed 1; 0 before anything is finished
         self._guess = len(speeds) / self._speed  # until then: costs are meant to be seconds of a typical replica
         self._holders: dict[int, list[int]] = {}  # leaders by record; results come from any rank of a replica
+        self._announced: dict[int, int] = {}  # ranks by record that they have computed and not yet sent
+        self._lost: set[int] = set()  # ranks of replicas that are no more
+        self._dismissed: set[int] = set()  # leaders that were told that there is nothing left to do
+        self._everyone = set(range(endpoint.size))
         self._look_next = clock()
         self.stopped = False  # told to: records without a result are left for another run
         self.accounts: dict[int, dict[str, Any]] = {}
         endpoint.on(WANT, self._ask)
         endpoint.on(RESULTS, self._take_in)
-        endpoint.on(COMPUTED, self._settle)
+        endpoint.on(COMPUTED, self._announce)
         endpoint.on(ACCOUNT, self._close_account)
         endpoint.attach(self)
 
@@ -102,6 +108,31 @@ class Coordinator:
             for leader in self._replicas:
                 self._endpoint.send(leader, FINISH, None)
 
+    def lose(self, leader: int, ranks: Collection[int]) -> None:
+        """A replica of these ranks is no more: the others do what it had in hand. Raises `WorldLostError` when it had
+        something, and nobody is left to do it."""
+        replica = self._replicas.pop(leader, None)
+        if replica is None:
+            return
+        self._lost.update(ranks)
+        self._speed -= replica.expected
+        for index in replica.held:
+            self._holders[index].remove(leader)
+        again = [index for index in replica.held if not self._holders[index]]
+        for index in again:
+            del self._holders[index]
+        unsent = [index for index, rank in self._announced.items() if rank in self._lost]
+        for index in unsent:
+            del self._announced[index]
+            self._unfinished_cost += self._costs[index]
+        again = sorted([*again, *unsent], key=lambda index: -self._costs[index])
+        rest = [] if self._next is None else [self._next]
+        if (again or rest) and not self._replicas.keys() - self._dismissed:
+            raise WorldLostError(f"{len(again) + len(rest)} or more records are left, and no replica to compute them")
+        self._order = chain(again, rest, self._order)
+        self._next = next(self._order, None)
+        self._answer_waiting(self._replicas.values())
+
     @property
     def complete(self) -> bool:
         """Every record has a result."""
@@ -110,7 +141,12 @@ class Coordinator:
     @property
     def finished(self) -> bool:
         """Every record has a result, or those that had begun when told to stop, and every rank has sent its account."""
-        return (self.complete or self.stopped) and len(self.accounts) == self._endpoint.size
+        return (self.complete or self.stopped) and not self.silent
+
+    @property
+    def silent(self) -> set[int]:
+        """Ranks that have neither sent their account nor died."""
+        return self._everyone - self.accounts.keys() - self._endpoint.lost
 
     def complete_finished(self) -> None:
         """At every progress point: what is late is found out though no message comes."""
@@ -129,7 +165,9 @@ class Coordinator:
     def _ask(self, leader: int, wanted: int) -> None:
         """Answer now, if only that the answer will come later: when there is something, or nothing left to do."""
         self.reconsider()
-        replica = self._replicas[leader]
+        replica = self._replicas.get(leader)
+        if replica is None:
+            return  # it was lost
         replica.wanted = wanted
         if not self._answer(replica):
             self._endpoint.send(leader, RECORDS, {"records": [], "more": True})
@@ -140,6 +178,7 @@ class Coordinator:
             if not self._has_result[index]:  # else it is the second one
                 self._has_result[index] = True
                 self._missing -= 1
+                self._announced.pop(index, None)
                 self._keep({"index": index, "id": self._records.ids[index], **result})
         # An error says nothing of how fast its replica is.
         self._settle(source, [result["index"] for result in results if "error" not in result])
@@ -147,6 +186,12 @@ class Coordinator:
 
     def _close_account(self, rank: int, account: dict[str, Any]) -> None:
         self.accounts[rank] = account
+
+    def _announce(self, source: int, indices: list[int]) -> None:
+        """A rank has computed these, and will send them."""
+        if source not in self._lost:
+            self._announced.update((index, source) for index in indices if not self._has_result[index])
+            self._settle(source, indices)
 
     def _settle(self, source: int, indices: list[int], computed: bool = True) -> None:
         """Nobody need compute these any more: a rank of one of their holders has, or has found that it cannot."""
@@ -167,10 +212,13 @@ class Coordinator:
         for leader, dropped in drops.items():
             self._endpoint.send(leader, DROP, dropped)
         over = self._next is None and not self._holders
-        for replica in self._replicas.values() if over else concerned.values():
+        self._answer_waiting(self._replicas.values() if over else concerned.values())
+        self.reconsider()
+
+    def _answer_waiting(self, replicas: Iterable[Replica]) -> None:
+        for replica in replicas:
             if replica.wanted:
                 self._answer(replica)
-        self.reconsider()
 
     def _answer(self, replica: Replica) -> bool:
         """Give a leader what it has asked for, as far as there is anything for it; whether there was an answer."""
@@ -245,6 +293,8 @@ class Coordinator:
         """The answer to a leader's question; nothing in it says that there is nothing left to do."""
         now = self._clock()
         replica.wanted = 0
+        if not batch:
+            self._dismissed.add(replica.leader)
         for index in batch:
             replica.give(index, self._costs[index], now)
             self._holders.setdefault(index, []).append(replica.leader)

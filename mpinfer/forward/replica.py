@@ -67,6 +67,10 @@ class ForwardRank:
             self._inbox.close()
             self._links.close()
 
+    def abandon(self) -> None:
+        """A rank of this replica has died, and `run` has raised."""
+        self._links.abandon()
+
     def close_account(self) -> dict[str, Any]:
         """This rank's figures, all measured: seconds per phase, bytes over channels and in control messages."""
         return {

@@ -120,6 +120,10 @@ class DecodeRank:
             self._inbox.close()
             self._links.close()
 
+    def abandon(self) -> None:
+        """A rank of this replica has died, and `run` has raised."""
+        self._links.abandon()
+
     def close_account(self) -> dict[str, Any]:
         """This rank's figures, all measured: seconds per phase, bytes over channels and in control messages."""
         feed_tokens = self._feed.tokens if self._feed else {"prompt_tokens": 0, "new_tokens": 0}

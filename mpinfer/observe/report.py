@@ -1,5 +1,6 @@
 """The account of a run: `timing.json`, and the same as a table for people."""
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +18,14 @@ class Before:
     predicted_wall_s: float  # from steps timed on the loaded stages, of the records that are left
 
 
-def timing(plan: Plan, records: int, wall_s: float, before: Before, accounts: list[dict[str, Any]]) -> dict[str, Any]:
+def timing(
+    plan: Plan,
+    records: int,
+    wall_s: float,
+    before: Before,
+    accounts: list[dict[str, Any]],
+    lost: Collection[int] = (),
+) -> dict[str, Any]:
     """What `timing.json` holds. Times in seconds; `wall_s` runs from the first record handed out
     to the last result, and rates exclude start-up and load.
 
@@ -40,6 +48,7 @@ def timing(plan: Plan, records: int, wall_s: float, before: Before, accounts: li
         **asdict(before),
         "plan": plan.summary(),
         "records": records,
+        "lost_ranks": sorted(lost),
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "records_per_s": records / wall_s,

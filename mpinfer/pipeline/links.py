@@ -52,6 +52,11 @@ class Links:
         for group in self._groups:
             group.free()
 
+    def abandon(self) -> None:
+        """A rank at the other end has died: messages that are on their way stay there."""
+        for outbox in self._outboxes:
+            self._endpoint.detach(outbox)
+
     def progressing(self) -> AbstractContextManager[None]:
         """Messages move while this lasts, as `transport.progress` says."""
         return progressing(self._endpoint, self._transport.progress)

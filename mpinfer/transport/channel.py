@@ -19,6 +19,7 @@ from mpi4py import MPI
 from mpinfer.errors import TransportError
 from mpinfer.transport.codec import ALIGNMENT_BYTES
 from mpinfer.transport.endpoint import Endpoint
+from mpinfer.transport.lost import is_loss
 from mpinfer.transport.message import SAME_VERSIONS, TAGS, ChannelPlan, Message, ReceiveSlot, SendSlot
 
 Waiting = Callable[[str], AbstractContextManager[None]]
@@ -98,6 +99,8 @@ class MpiInbox:
                 with self._waiting("receive_wait"):
                     self._endpoint.wait_until(lambda: request.Test(self._status), self._plan)
         except MPI.Exception as error:
+            if is_loss(error):
+                raise
             raise TransportError(
                 f"{self._plan}: message {self._number} could not be received, or is longer than planned "
                 f"({error.Get_error_string()}); {SAME_VERSIONS}"

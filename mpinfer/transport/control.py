@@ -1,6 +1,6 @@
 """The control plane: small JSON messages between rank 0 and the replicas."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any, Protocol
 
 COORDINATOR = 0
@@ -15,6 +15,7 @@ RESULTS = "results"  # to the coordinator, from the first or the last stage of a
 STOP = "stop"  # any rank to the coordinator: it was told to
 FINISH = "finish"  # coordinator to leader: what has begun, and nothing else
 ACCOUNT = "account"  # every rank to the coordinator, at its end
+END = "end"  # the answer to all of them: the exit code
 
 
 class Progressive(Protocol):
@@ -28,6 +29,10 @@ class Control(Protocol):
 
     @property
     def size(self) -> int: ...
+
+    @property
+    def lost(self) -> Set[int]:
+        """Ranks that have died."""
 
     def send(self, destination: int, kind: str, body: Any) -> None: ...
 

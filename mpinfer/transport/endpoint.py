@@ -22,7 +22,8 @@ from typing import Any, NoReturn, Protocol, TypeVar
 
 from mpi4py import MPI
 
-from mpinfer.errors import ExitCode, MpinferError
+from mpinfer.errors import ExitCode, MpinferError, TransportError
+from mpinfer.transport.lost import acknowledge, is_loss
 from mpinfer.transport.pulse import Activity, Pulse
 
 _CONTROL_TAG = 1
@@ -61,6 +62,8 @@ class Endpoint:
         self._receives: deque[tuple[MPI.Request, bytearray, int]] = deque()  # handled in order of arrival
         self._channels: list[Progressive] = []
         self._handlers: dict[str, Handler] = {}
+        self.lost: set[int] = set()  # ranks that have died, where MPI tolerates that
+        self.when_lost: Callable[[set[int]], None] = _end_without
         self.serving: Callable[[], AbstractContextManager[Any]] = nullcontext  # accounts for the time of handlers
         self.control_bytes_sent = 0
         self.control_bytes_received = 0
@@ -73,8 +76,7 @@ class Endpoint:
         """Let MPI move data, complete what is done, and answer control messages. Called between layers."""
         if not self.activity.waiting:
             self.activity.move()
-        while self._sends and self._sends[0][0].Test():
-            self._sends.popleft()
+        self._complete_sends()
         for channel in self._channels:
             channel.complete_finished()
         self._serve()
@@ -108,6 +110,8 @@ class Endpoint:
 
     def send(self, destination: int, kind: str, body: Any) -> None:
         """Start sending a JSON message; the buffer lives until the send is complete."""
+        if destination in self.lost:
+            return
         buffer = json.dumps([kind, body]).encode()
         request = self._control.Isend([buffer, MPI.BYTE], dest=destination, tag=_CONTROL_TAG)
         self._sends.append((request, buffer))
@@ -117,9 +121,39 @@ class Endpoint:
         """Have control messages of a kind handled by `handler(source, body)`, at progress points."""
         self._handlers[kind] = handler
 
+    def _complete_sends(self) -> None:
+        while self._sends:
+            try:
+                if not self._sends[0][0].Test():
+                    return
+            except MPI.Exception as error:
+                if not is_loss(error):
+                    raise
+                self.find_lost()
+            self._sends.popleft()
+
+    def find_lost(self) -> set[int]:
+        """All ranks that have died; tells `when_lost` of those that were not known."""
+        new = acknowledge(self._control) - self.lost
+        if new:
+            self.lost |= new
+            self.pulse.forget(new)
+            self.when_lost(new)
+        return self.lost
+
+    def _arrived(self, status: MPI.Status) -> MPI.Message | None:
+        """The next control message. No rank dies unnoticed, since it could have sent one."""
+        try:
+            return self._control.Improbe(MPI.ANY_SOURCE, _CONTROL_TAG, status)
+        except MPI.Exception as error:
+            if not is_loss(error):
+                raise
+            self.find_lost()
+            return None
+
     def _serve(self) -> None:
         status = MPI.Status()
-        while (message := self._control.Improbe(MPI.ANY_SOURCE, _CONTROL_TAG, status)) is not None:
+        while (message := self._arrived(status)) is not None:
             buffer = bytearray(status.Get_count(MPI.BYTE))
             self._receives.append((message.Irecv([buffer, MPI.BYTE]), buffer, status.Get_source()))
         while self._receives and self._receives[0][0].Test():
@@ -161,6 +195,7 @@ class Endpoint:
         outer = self.activity.wait_for("all other ranks")
         started = time.perf_counter()
         while not request.Test():
+            self.find_lost()
             time.sleep(min(_SLEEP_SHARE * (time.perf_counter() - started), _COLLECTIVE_SLEEP_S))
         self.activity.resume(outer)
 
@@ -169,6 +204,16 @@ class Endpoint:
     def attach(self, channel: Progressive) -> None:
         """Have a channel's sends completed at progress points."""
         self._channels.append(channel)
+
+    def detach(self, channel: Progressive) -> None:
+        """Leave its sends as they are."""
+        self._channels.remove(channel)
+
+    def leave(self, code: int) -> NoReturn:
+        """End this process in a world that has lost ranks: MPI's own end may wait for them."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(code))
 
     def abort(self, code: int) -> NoReturn:
         """End the whole world at once, and this process even where nobody hears of it."""
@@ -180,6 +225,10 @@ class Endpoint:
         time.sleep(_FORWARD_S)
         MPI.COMM_WORLD.Abort(int(code))
         os._exit(int(code))  # an Abort may return
+
+
+def _end_without(lost: set[int]) -> None:
+    raise TransportError(f"rank {', '.join(map(str, sorted(lost)))} has died, and all are needed before the loop")
 
 
 def agree(endpoint: Endpoint, decide: Callable[[], T]) -> T:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 from mpi4py import MPI
 
+from mpinfer.transport.lost import acknowledge, is_loss
+
 _TAG = 1
 _COORDINATOR = 0
 
@@ -74,14 +76,27 @@ class Pulse:
         for sign in self.signs.values():
             sign.heard_s = now
 
+    def forget(self, lost: set[int]) -> None:
+        """They have died."""
+        for rank in lost & self.signs.keys():
+            del self.signs[rank]
+
     def beat(self) -> None:
         """Take in what others tell, and tell them. Who has not taken the last message in gets no other."""
+        try:
+            self._exchange()
+        except MPI.Exception as error:
+            if not is_loss(error):
+                raise
+            self.forget(acknowledge(self._comm))
+
+    def _exchange(self) -> None:
         self._take_in()
         is_coordinator = self._comm.rank == _COORDINATOR
         moved_s = self.moved_s if is_coordinator else self._activity.moved_s  # nobody hears its own news again
         news = [time.monotonic() - moved_s, self._activity.waiting, str(self._activity)]
         body = json.dumps(news).encode()
-        for rank in self.signs:
+        for rank in list(self.signs):
             last = self._sends.get(rank)
             if last is None or last[0].Test():
                 self._sends[rank] = self._comm.Isend([body, MPI.BYTE], rank, _TAG), body

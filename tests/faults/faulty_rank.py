@@ -1,9 +1,10 @@
 """`faulty_rank.py RANK CALLS FAULT ARGUMENTS...`: mpinfer, but one rank's stage is at fault after so many forwards.
 
-FAULT: `raise`, or the seconds that each forward is held up.
+FAULT: `raise`, `full` (no file of this rank can grow any more), or the seconds that each forward is held up.
 """
 
 import os
+import resource
 import sys
 import time
 from typing import Any
@@ -25,7 +26,9 @@ def inject(calls: int, fault: str) -> None:
             left -= 1
             if left < 0 and fault == "raise":
                 raise RuntimeError(f"injected at {time.time()}")
-            if left < 0:
+            if left < 0 and fault == "full":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1, 1))
+            elif left < 0:
                 time.sleep(float(fault))
             return forward(message)
 

@@ -63,6 +63,20 @@ def test_raising_rank(mpi: Mpi, culprit: int, long_job: Path, tmp_path: Path) ->
     assert verify(mpi, tmp_path / "out")[0] is False
 
 
+def test_rank_0_that_cannot_write_takes_the_world_with_it(mpi: Mpi, long_job: Path, tmp_path: Path) -> None:
+    """The others would wait for it."""
+    output = tmp_path / "out"
+    options = ["run", long_job, "--output", output, "--set", "parallel.stages=2", *SLOWLY]
+    with World(mpi, 2, ["python", FAULTY_RANK, 0, 50, "full", *options]) as world:
+        run = world.wait(START_S)
+    assert run.returncode == 3, run.stderr
+    where = f"rank 0 node {socket.gethostname()} replica 0 stage 0 shard 0"
+    problem = "journal.jsonl: cannot be read or written (File too large); correct that and run again"
+    assert f"mpinfer: fatal on {where}: {output}/{problem}" in run.stderr
+    assert "nothing has moved" not in run.stderr
+    assert verify(mpi, output) == (False, journaled(output))
+
+
 def journaled(output: Path) -> int:
     """Results that the journal holds, in whole lines; the first line is its header."""
     journal = output / "journal.jsonl"

@@ -1,13 +1,16 @@
-"""Ranks killed at random moments, as often as `--kills N` says: runs end at once, and lose nothing."""
+"""Ranks killed, as often as `--kills N` and `--restarts N` say: runs end at once, and lose nothing."""
 
+import json
 import os
 import signal
 import time
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
 import pytest
-from harness import Mpi, World, complete_run, eventually
+import yaml
+from harness import Mpi, World, complete_run, eventually, write_jsonl
 from test_fault import END_S, SLOWLY, START_S, journaled, verify
 
 LAYOUTS = [(4, 1, 1), (2, 2, 1), (1, 4, 1), (1, 2, 2)]  # replicas x stages x shards
@@ -26,7 +29,7 @@ def test_kills_at_any_moment(
         output = tmp_path / f"out-{first}"
         for _ in range(first, min(first + IN_A_ROW, kills)):
             if journaled(output) < total:
-                ends_s.append(break_run(mpi, long_job, output, random))
+                ends_s.append(break_run(mpi, long_job, output, random, late=random.random() < 0.5))
         complete_run(mpi, 2, long_job, output, "parallel.stages=2", resume=True)
         assert (output / "results.jsonl").read_bytes() == unbroken
         assert journaled(output) == total, "each result is kept once"
@@ -34,11 +37,34 @@ def test_kills_at_any_moment(
     print(f"\n{mpi.name}: {len(ends_s)} kills, the slowest end after {max(ends_s):.2f} s")
 
 
-def break_run(mpi: Mpi, job: Path, output: Path, random: Random) -> float:
-    """Go on with a job in some layout until a rank of it is killed; seconds from there to the end of all ranks. Half of
-    the kills come while ranks start, the others after a new result."""
+def test_restarts_in_a_row_make_progress(
+    mpi: Mpi, long_job: Path, unbroken: bytes, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Each run is killed soon after its first new result."""
+    restarts = request.config.getoption("--restarts")
+    if not restarts:
+        pytest.skip("slow: give --restarts N")
+    random, output, job = Random(restarts), tmp_path / "out", tmp_path / "job.yaml"
+    sections = yaml.safe_load(long_job.read_text())
+    records = [json.loads(line) for line in Path(sections["input"]["path"]).read_text().splitlines()]
+    sections["input"]["path"] = str(write_jsonl(tmp_path / "records.jsonl", records * (1 + restarts // 10)))
+    job.write_text(yaml.safe_dump(sections))
+    kept = [0]
+    for _ in range(restarts):
+        break_run(mpi, job, output, random, late=True)
+        kept.append(journaled(output))
+    assert all(before < after for before, after in pairwise(kept))
+    complete_run(mpi, 2, job, output, resume=True)
+    outputs = [json.loads(line)["output"] for line in (output / "results.jsonl").read_bytes().splitlines()]
+    assert outputs == [json.loads(line)["output"] for line in unbroken.splitlines()] * (1 + restarts // 10)
+    print(f"\n{mpi.name}: {restarts} restarts, {kept[-1]} of {len(outputs)} records, at least 1 a run")
+
+
+def break_run(mpi: Mpi, job: Path, output: Path, random: Random, late: bool) -> float:
+    """Go on with a job in some layout until a rank of it is killed; seconds from there to the end of all ranks. Kills
+    come while ranks start or, if `late`, after a new result."""
     replicas, stages, shards = random.choice(LAYOUTS)
-    victim, late = random.randrange(4), random.random() < 0.5
+    victim = random.randrange(4)
     moment_s = random.uniform(0, LATER_S if late else SOON_S)
     layout = [f"parallel.replicas={replicas}", f"parallel.stages={stages}", f"parallel.shards={shards}"]
     options = [part for key in layout for part in ("--set", key)]

@@ -23,7 +23,7 @@ class Loopback:
     """A control plane of one process: messages are handled when somebody waits."""
 
     def __init__(self, size=1):
-        self.size = size
+        self.size, self.lost = size, set()
         self.sent = []
         self._handlers = {}
         self._queue = deque()

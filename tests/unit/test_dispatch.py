@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from benchmarks.coordinator_load import Lines, VirtualReplica, World, makespan
 from mpinfer.coordinator.dispatch import Coordinator
 from mpinfer.coordinator.replica import Replica, pace_of_speed
-from mpinfer.transport.control import DROP, RECORDS, RESULTS, WANT
+from mpinfer.errors import WorldLostError
+from mpinfer.transport.control import COMPUTED, DROP, RECORDS, RESULTS, WANT
 
 ONE_SLOW = [1.0, 1.0, 1.0, 1 / 3]
 KNOWN = dict(enumerate(ONE_SLOW))
@@ -226,3 +227,59 @@ def test_a_pace_follows_what_a_replica_did_lately() -> None:
     assert 1 / 3 < replica.pace < 0.36  # all in all it was 30 in 70 s
     assert pace_of_speed([replica]) == replica.pace
     assert pace_of_speed([Replica(0, 1.0)]) == 0
+
+
+def test_others_do_what_a_lost_replica_had_in_hand() -> None:
+    world = Driven(3)
+    coordinator, kept = coordinate(world, [1.0] * 9, dict.fromkeys(range(3), 1.0))
+    for leader in range(3):
+        world.after(0, leader, WANT, 2)
+    world.after(1, 2, COMPUTED, [4])  # and never sent
+    coordinator.lose(2, [2])
+    world.after(0, 2, WANT, 2)  # its last words
+    world.after(0, 2, COMPUTED, [5])
+    for leader in (0, 1):
+        world.after(0, leader, RESULTS, results(*world.given(leader)))
+        world.after(0, leader, WANT, 9)
+    assert sorted(world.given(0) + world.given(1)) == list(range(9)), "each once"
+    for leader in (0, 1):
+        world.after(0, leader, RESULTS, results(*world.given(leader)))
+    assert coordinator.complete
+    assert sorted(kept) == list(range(9))
+
+
+def test_what_a_lost_replica_has_sent_counts() -> None:
+    world = Driven(2)
+    coordinator, kept = coordinate(world, [1.0] * 2, dict.fromkeys(range(2), 1.0))
+    world.after(0, 1, WANT, 1)
+    world.after(1, 1, COMPUTED, [0])
+    coordinator.lose(1, [1])
+    world.after(0, 1, RESULTS, results(0))  # was on its way
+    world.after(0, 0, WANT, 2)
+    world.after(1, 0, RESULTS, results(*world.given(0)))
+    assert coordinator.complete
+    assert sorted(kept) == [0, 1]
+
+
+def test_a_run_without_replicas_ends() -> None:
+    world = Driven(2)
+    coordinator, _ = coordinate(world, [1.0] * 4, dict.fromkeys(range(2), 1.0))
+    for leader in range(2):
+        world.after(0, leader, WANT, 2)
+    coordinator.lose(1, [1])
+    with pytest.raises(WorldLostError, match="no replica to compute them"):
+        coordinator.lose(0, [0])
+
+
+def test_a_run_ends_when_those_left_have_been_dismissed() -> None:
+    """Replica 0 has left its loop when the only results of a record die with replica 1."""
+    world = Driven(2)
+    coordinator, _ = coordinate(world, [1.0] * 2, dict.fromkeys(range(2), 1.0))
+    for leader in range(2):
+        world.after(0, leader, WANT, 1)
+    world.after(1, 0, RESULTS, results(*world.given(0)))
+    world.after(0, 1, COMPUTED, world.given(1))
+    world.after(0, 0, WANT, 1)  # nothing left
+    assert not coordinator.complete
+    with pytest.raises(WorldLostError, match="no replica to compute them"):
+        coordinator.lose(1, [1])
