@@ -8,12 +8,12 @@ import re
 import shlex
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from mpinfer.errors import LaunchError, SpecError
-from mpinfer.spec import JobSpec
+from mpinfer.spec import JobSpec, StopSpec
 
 System = Literal["slurm", "pbs", "lsf"]
 StepLauncher = Literal["srun", "mpirun"]
@@ -103,6 +103,9 @@ def slurm_script(batch: Batch) -> str:
     srun = batch.step_launcher == "srun"
     limit_s = None if batch.time is None else time_limit_s(batch.time)
     warning_s = _WARNING_S if limit_s is None else min(_WARNING_S, limit_s // 4)
+    if batch.spec.stop == StopSpec():  # the time that is left is longer than where nobody has told
+        drain = f"stop.drain_limit_s={warning_s * 3 // 4}"
+        batch = replace(batch, overrides=(drain, *batch.overrides))
     head = _directives(
         "#SBATCH --",
         f"job-name={batch.name}",

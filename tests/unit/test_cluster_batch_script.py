@@ -65,7 +65,10 @@ def test_what_a_user_writes_is_quoted(script: Script, tmp_path: Path) -> None:
     job.write_text("model: {path: m}\ninput: {path: 'a b.jsonl'}\n")
     text = script(*NODES, "--output", "my out", "--set", 'generate.stop=["$x"]', "--requeue", job=str(job))
     assert "#SBATCH --job-name=my-job-rm\n" in text
-    assert f"mpinfer run '{job}' --resume --set 'generate.stop=[\"$x\"]' --output 'my out' ||" in text
+    assert (
+        f"mpinfer run '{job}' --resume --set stop.drain_limit_s=90 --set 'generate.stop=[\"$x\"]' --output 'my out' ||"
+        in text
+    )
     assert "[[ -s 'my out'/journal.jsonl ]]" in text
     assert subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True).stderr == ""
 
@@ -210,3 +213,5 @@ def test_ranks_are_warned_in_time(script: Script, time: str | None, warning: int
     words = [*NODES, *(["--time", time] if time else [])]
     assert f"#SBATCH --signal=USR1@{warning}\n" in script(*words)
     assert f"#SBATCH --signal=B:USR1@{warning}\n" in script(*words, "--launcher", "mpirun")
+    assert f" --set stop.drain_limit_s={warning * 3 // 4} " in script(*words)
+    assert script(*words, "--set", "stop.drain_limit_s=7").count("drain_limit_s") == 2  # in the command and its copy
