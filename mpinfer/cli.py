@@ -96,6 +96,13 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="show MPI, ranks, nodes, cores, binding and torch; run it under mpirun")
     doctor.set_defaults(command=_doctor)
+
+    schema = commands.add_parser("schema", help="print the JSON Schema of job files, for editors")
+    schema.set_defaults(command=_schema)
+
+    completion = commands.add_parser("completion", help="print a completion script: eval it in the shell's start file")
+    completion.add_argument("shell", choices=("bash", "zsh"))
+    completion.set_defaults(command=_completion)
     return parser
 
 
@@ -240,3 +247,18 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from mpinfer.run import examine_world
 
     return examine_world()
+
+
+def _schema(arguments: argparse.Namespace) -> int:
+    from mpinfer.schema import job_schema
+
+    print(json.dumps(job_schema(), indent=2))
+    return ExitCode.COMPLETE
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    from mpinfer.completion import completion_script
+    from mpinfer.spec import valid_keys
+
+    print(completion_script(_parser(), arguments.shell, valid_keys()), end="")
+    return ExitCode.COMPLETE

@@ -26,23 +26,62 @@ _UNIONS = (types.UnionType, typing.Union)
 _LONGEST_NAME = 40  # that a message shows as it is: a record may give any
 
 
-def rule(default: Any = dataclasses.MISSING, *, minimum: float | None = None, maximum: float | None = None) -> Any:
-    """A field of a dataclass that `build` checks: its default, if it has one, and the least and the most it may be."""
-    return field(default=default, metadata={"minimum": minimum, "maximum": maximum})
+def rule(
+    default: Any = dataclasses.MISSING,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    about: str = "",
+) -> Any:
+    """A field of a dataclass that `build` checks: its default, if it has one, the least and the most it may be, and
+    what the schema and the documents say about it, in Markdown."""
+    return field(default=default, metadata={"minimum": minimum, "maximum": maximum, "about": about})
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    path: str  # a Hugging Face directory, package.module:factory, a .pt2 program or a .gguf file
-    task: Literal["generate", "score", "embed", "classify", "forward"] = "generate"
-    weights: str | Auto = AUTO  # of a factory's model; auto: a directory's own, or what the factory gives
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    quantize: Literal["none", "int8"] = "none"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    prepare: str | Auto = (
-        AUTO  # package.module:function, from a record's fields to tensors; auto: the model's processor
+    path: str = rule(about="What to run, see below.")
+    task: Literal["generate", "score", "embed", "classify", "forward"] = rule(
+        "generate",
+        about=(
+            "What to compute: the continuation of each record, the log-likelihood of given continuations, a vector, "
+            "the best labels, or whatever the model gives. The first two need a decoder."
+        ),
     )
-    trust: bool = False  # run code and unpickle objects that come with the model
+    weights: str | Auto = rule(
+        AUTO,
+        about=(
+            "Weights of a factory's model: `.safetensors`, or a state dict in `.pt` or `.pth`. `auto`: those that the"
+            " factory gives."
+        ),
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = rule(
+        "float32",
+        about="Type of weights, activations and KV cache.",
+    )
+    quantize: Literal["none", "int8"] = rule(
+        "none",
+        about=(
+            "`int8`: linear layers and embeddings are held in int8 and multiplied in int8, with a scale for each row "
+            "of activations; needs `model.dtype: float32` and a CPU. On x86 without VNNI, activations have 7 bits."
+        ),
+    )
+    device: Literal["auto", "cpu", "cuda"] = rule(
+        "auto",
+        about="`auto`: this rank's GPU where torch sees one, else the CPU.",
+    )
+    prepare: str | Auto = rule(
+        AUTO,
+        about=(
+            "`package.module:function` that makes tensors of a record: from a dict of its fields to a dict of tensors"
+            " or arrays by the model's input names, for one record. `auto`: the tokenizer, image processor or feature"
+            " extractor of the model directory; else sections `images` and `audio`."
+        ),
+    )
+    trust: bool = rule(
+        False,
+        about="Run code and unpickle objects that come with a model. Without it both are refused.",
+    )
 
 
 InputFormat = Literal[
@@ -52,45 +91,165 @@ InputFormat = Literal[
 
 @dataclass(frozen=True)
 class InputSpec:
-    path: str
-    format: InputFormat | Auto = AUTO  # auto: by the suffix, or by what a folder holds
-    columns: tuple[str, ...] = ()  # of a table, as field=column; none: every column is the field of its name
+    path: str = rule(about="The records: a file, a folder, or `package.module:factory` of a dataset.")
+    format: InputFormat | Auto = rule(
+        AUTO,
+        about=(
+            "`auto`: by the suffix, or by what a folder holds. `openai-batch`: a request a line, see [OpenAI Batch "
+            "files](openai-batch.md)."
+        ),
+    )
+    columns: tuple[str, ...] = rule(
+        (),
+        about=(
+            "Of a table or of JSON objects, `field=column`: what each field of a record is called there. None: every "
+            "column is the field of its name."
+        ),
+    )
 
 
 @dataclass(frozen=True)
 class OutputSpec:
-    path: str = "out"
-    responses: str | Auto = AUTO  # the file for them, where the input's format has responses; auto: one in `path`
-    arrays: Literal["inline", "npy"] | Auto = AUTO  # auto: npy for forward, else inline
+    path: str = rule(
+        "out",
+        about="Directory of the results, made if need be.",
+    )
+    responses: str | Auto = rule(
+        AUTO,
+        about=(
+            "With `input.format: openai-batch`, the file of the responses. `auto`: `responses.jsonl` in `output.path`."
+        ),
+    )
+    arrays: Literal["inline", "npy"] | Auto = rule(
+        AUTO,
+        about=(
+            "Where arrays go: into the results as lists, or to files in `arrays/` that the ranks write themselves; a "
+            'result then has `{"file", "row"}`. `auto`: `npy` for `forward`, else `inline`. A decoder\'s are always '
+            "inline."
+        ),
+    )
 
 
 @dataclass(frozen=True)
 class ParallelSpec:
-    replicas: int | Auto = rule(AUTO, minimum=1)
-    stages: int | Auto = rule(AUTO, minimum=1)
-    shards: int | Auto = rule(AUTO, minimum=1)
-    micro_batch: int | Auto = rule(AUTO, minimum=1)  # sequences in a group
-    in_flight: int | Auto = rule(AUTO, minimum=1)  # groups in flight in a replica
-    cluster: str | Auto = AUTO  # file that describes the ranks; auto: they are measured
-    memory_limit_gb: float | Auto = rule(AUTO, minimum=0)  # of a rank, in 10**9 bytes; auto: its share of its node's
+    replicas: int | Auto = rule(
+        AUTO,
+        minimum=1,
+        about="Copies of the model, each with its own records.",
+    )
+    stages: int | Auto = rule(
+        AUTO,
+        minimum=1,
+        about="Pipeline stages of a copy.",
+    )
+    shards: int | Auto = rule(
+        AUTO,
+        minimum=1,
+        about=(
+            "Tensor-parallel slices of a stage, on one node; at most as many as there are heads (of keys and values)."
+            " What of a model is divided: README, Limits."
+        ),
+    )
+    micro_batch: int | Auto = rule(
+        AUTO,
+        minimum=1,
+        about=(
+            "Sequences or records in a group. `auto`: the records over all groups, at most 64 sequences, or the batch"
+            " that measures fastest."
+        ),
+    )
+    in_flight: int | Auto = rule(
+        AUTO,
+        minimum=1,
+        about=(
+            "Groups of a replica. The least: as many as stages, or as many of these as have a core at the same time "
+            "where ranks outnumber cores. `auto`: that or one more. Two for each stage of a model that is no decoder."
+        ),
+    )
+    cluster: str | Auto = rule(
+        AUTO,
+        about=(
+            "A [file that describes the ranks](cluster-file.md): their memory, speeds and links. `auto`: they are "
+            "measured."
+        ),
+    )
+    memory_limit_gb: float | Auto = rule(
+        AUTO,
+        minimum=0,
+        about="Most memory that a rank plans with, in 10^9 bytes. `auto`: its share of its node's.",
+    )
 
 
 @dataclass(frozen=True)
 class SamplingSpec:
     """How tokens are chosen and when a record ends: what a record may say for itself, in its own `generate`."""
 
-    max_new_tokens: int = rule(64, minimum=1)
-    min_new_tokens: int = rule(0, minimum=0)
-    temperature: float = rule(0.0, minimum=0)  # 0: the best token
-    top_k: int = rule(0, minimum=0)  # 0: all
-    top_p: float = rule(1.0, minimum=0, maximum=1)
-    min_p: float = rule(0.0, minimum=0, maximum=1)
-    repetition_penalty: float = rule(1.0, minimum=0.01)
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = rule((), minimum=0)
-    n: int = rule(1, minimum=1)  # samples of a record
-    logprobs: int | Literal["none"] = rule("none", minimum=0)  # best tokens to report beside the chosen one
-    seed: int = 0
+    max_new_tokens: int = rule(
+        64,
+        minimum=1,
+        about="Most new tokens of a record.",
+    )
+    min_new_tokens: int = rule(
+        0,
+        minimum=0,
+        about="No stop token is chosen before this many.",
+    )
+    temperature: float = rule(
+        0.0,
+        minimum=0,
+        about="0: greedy decoding. Above: sampling.",
+    )
+    top_k: int = rule(
+        0,
+        minimum=0,
+        about="Sample from this many best tokens. 0: from all.",
+    )
+    top_p: float = rule(
+        1.0,
+        minimum=0,
+        maximum=1,
+        about="Sample from the fewest best tokens that together are this probable.",
+    )
+    min_p: float = rule(
+        0.0,
+        minimum=0,
+        maximum=1,
+        about="Sample from tokens at least this probable, as a fraction of the best one's probability.",
+    )
+    repetition_penalty: float = rule(
+        1.0,
+        minimum=0.01,
+        about="Above 1, tokens of the prompt and the text so far become less probable.",
+    )
+    stop: tuple[str, ...] = rule(
+        (),
+        about="End at any of these strings; the text ends before it. One alone needs no list.",
+    )
+    stop_token_ids: tuple[int, ...] = rule(
+        (),
+        minimum=0,
+        about="End at any of these tokens, as at the model's own stop tokens.",
+    )
+    n: int = rule(
+        1,
+        minimum=1,
+        about="Samples of each record; more than one needs a temperature above 0.",
+    )
+    logprobs: int | Literal["none"] = rule(
+        "none",
+        minimum=0,
+        about=(
+            "Report the log-probability of each new token, and of this many best ones. They are the model's own, "
+            "before temperature and filters."
+        ),
+    )
+    seed: int = rule(
+        0,
+        about=(
+            "Random numbers depend on it, the record's id, the sample and the position only, so results do not depend"
+            " on the layout. A record's own seed takes the place of its id, too."
+        ),
+    )
 
     @property
     def needs_logits(self) -> bool:
@@ -101,38 +260,98 @@ class SamplingSpec:
 
 @dataclass(frozen=True)
 class GenerateSpec(SamplingSpec):
-    max_length: int | Auto = rule(AUTO, minimum=2)  # prompt and new tokens; auto: the model's own limit
-    step_tokens: int = rule(256, minimum=1)  # most tokens, prefill chunks included, in one step of a group
-    kv_cache_gb: float | Auto = rule(AUTO, minimum=0)  # of a rank, in 10**9 bytes; auto: what weights leave
+    max_length: int | Auto = rule(
+        AUTO,
+        minimum=2,
+        about="Most tokens of a record, prompt and new. `auto`: the model's own limit, which also caps a larger value.",
+    )
+    step_tokens: int = rule(
+        256,
+        minimum=1,
+        about=(
+            "Most tokens, pieces of prompts included, in one step of a group. Raised to `micro_batch` when that is "
+            "larger."
+        ),
+    )
+    kv_cache_gb: float | Auto = rule(
+        AUTO,
+        minimum=0,
+        about=(
+            "Most memory of a rank's keys and values, in 10^9 bytes. When it is short, sequences wait, or give their "
+            "place up and are computed again. `auto`: 85 % of the rank's memory, less its weights."
+        ),
+    )
 
 
 @dataclass(frozen=True)
 class EmbedSpec:
-    pooling: Literal["mean", "last", "first"] | Auto = AUTO  # of final hidden states; auto: the model's rule, or mean
-    normalize: bool = True  # to length 1
+    pooling: Literal["mean", "last", "first"] | Auto = rule(
+        AUTO,
+        about=(
+            "Of the final hidden states: the mean of all tokens', the last token's, or (not for decoders) the first "
+            "one's. `auto`: what sentence-transformers' file in the directory says, else the mean. A factory's model "
+            "pools by itself."
+        ),
+    )
+    normalize: bool = rule(
+        True,
+        about="Scale vectors to length 1.",
+    )
 
 
 @dataclass(frozen=True)
 class ClassifySpec:
-    top_k: int = rule(5, minimum=1)  # best labels of a record
-    labels: str | Auto = AUTO  # file of names: a line each, or a JSON list; auto: the model's own, else numbers
+    top_k: int = rule(
+        5,
+        minimum=1,
+        about="Best labels of a record.",
+    )
+    labels: str | Auto = rule(
+        AUTO,
+        about="File of names: a line each, or JSON. `auto`: those in `config.json`, else numbers.",
+    )
 
 
 @dataclass(frozen=True)
 class ImagesSpec:
     """How images become tensors where the model has no processor of its own."""
 
-    resize: int = rule(256, minimum=1)  # of the shorter side, in pixels
-    crop: int = rule(224, minimum=1)  # centred square, in pixels
-    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # by channel, of values from 0 to 1
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    resize: int = rule(
+        256,
+        minimum=1,
+        about="Of the shorter side, in pixels.",
+    )
+    crop: int = rule(
+        224,
+        minimum=1,
+        about="Square from the middle, in pixels.",
+    )
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = rule(
+        "bilinear",
+        about="How it is resized.",
+    )
+    mean: tuple[float, ...] = rule(
+        (0.485, 0.456, 0.406),
+        about="Subtracted from values between 0 and 1, by channel; one number makes images gray.",
+    )
+    std: tuple[float, ...] = rule(
+        (0.229, 0.224, 0.225),
+        about="Divides what is left.",
+    )
 
 
 @dataclass(frozen=True)
 class AudioSpec:
-    sample_rate: int | Auto = rule(AUTO, minimum=1)  # Hz that samples are brought to; auto: the processor's, or 16000
-    max_seconds: float = rule(30.0, minimum=0)  # longer records are refused
+    sample_rate: int | Auto = rule(
+        AUTO,
+        minimum=1,
+        about="Hz that samples are brought to. `auto`: the processor's, or 16,000.",
+    )
+    max_seconds: float = rule(
+        30.0,
+        minimum=0,
+        about="Longer records are errors.",
+    )
 
 
 Wire = Literal["none", "bf16", "fp16", "int8"]
@@ -140,19 +359,53 @@ Wire = Literal["none", "bf16", "fp16", "int8"]
 
 @dataclass(frozen=True)
 class TransportSpec:
-    wire: Wire = "none"  # how activations travel between stages; all but none lose some
-    blocking: bool = False
-    progress: Literal["points", "thread", "library"] = "points"  # who moves messages while a stage computes
+    wire: Wire = rule(
+        "none",
+        about=(
+            "How activations travel between stages. `none`: as they are. The others lose some, to send a half or a "
+            "quarter of float32: `bf16` up to 1/256 of a number; `fp16` 1/2048, and numbers above 65,504 become "
+            "infinite; `int8` 1/254 of the largest number of a token (of an image: of a row, or of a pixel's "
+            "channels). Token ids, samples and logits travel as they are."
+        ),
+    )
+    blocking: bool = rule(
+        False,
+        about="Wait for each send before going on; for comparison.",
+    )
+    progress: Literal["points", "thread", "library"] = rule(
+        "points",
+        about=(
+            "Who moves messages while a stage computes. `points`: the stage calls MPI before each layer. `thread`: a "
+            "thread does, too, every 0.2 ms. `library`: the MPI library does, too; it must have been told so before "
+            "the launch, by `OMPI_MCA_btl_tcp_progress_thread=1` (Open MPI) or `MPIR_CVAR_ASYNC_PROGRESS=1` (MPICH) "
+            "in the environment of all ranks."
+        ),
+    )
 
 
 @dataclass(frozen=True)
 class StopSpec:
-    drain_limit_s: float = rule(20.0, minimum=0)  # for work in hand after SIGTERM, SIGINT or SIGUSR1; then it is lost
+    drain_limit_s: float = rule(
+        20.0,
+        minimum=0,
+        about=(
+            "After SIGTERM, SIGINT or SIGUSR1, how long records that have begun may take to finish; then the run ends"
+            " without them, with exit code 4 in any case. A second signal, a second later, ends it at once."
+        ),
+    )
 
 
 @dataclass(frozen=True)
 class WatchdogSpec:
-    timeout_s: float = rule(60.0, minimum=0)  # that nothing may move for, in the whole world; 0: for ever
+    timeout_s: float = rule(
+        60.0,
+        minimum=0,
+        about=(
+            "When nothing has moved on any rank for so long, every rank says what it waits for, and the run ends with"
+            " exit code 3. Raised to ten times the longest step as timed, and before the loop ten times as long. `0`:"
+            " never."
+        ),
+    )
 
 
 @dataclass(frozen=True)
@@ -290,7 +543,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
     for section in sections:
         node = node.setdefault(section, {})
         if not isinstance(node, dict):
-            raise SpecError(f"--set {override}: {section!r} is not a section; valid keys are {_valid_keys()}")
+            raise SpecError(f"--set {override}: {section!r} is not a section; valid keys are {', '.join(valid_keys())}")
     node[name] = _parse_yaml(text, f"--set {key}")
 
 
@@ -339,7 +592,7 @@ def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)  # slow, and every record with sampling of its own asks
 
 
-def _check(key: str, value: Any, hint: Any, rules: Mapping[str, float | None], missing_fix: str = _MISSING_FIX) -> Any:
+def _check(key: str, value: Any, hint: Any, rules: Mapping[str, Any], missing_fix: str = _MISSING_FIX) -> Any:
     kinds: list[Any] = []
     choices: list[Any] = []
     for option in typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else (hint,):
@@ -372,9 +625,10 @@ def _check(key: str, value: Any, hint: Any, rules: Mapping[str, float | None], m
     raise SpecError(f"{key}={reprlib.repr(value)}: must be {' or '.join(allowed)}; correct the value")
 
 
-def _valid_keys() -> str:
+def valid_keys() -> list[str]:
+    """Every key of a job file, as `--set` takes it."""
     hints = typing.get_type_hints(JobSpec)
-    return ", ".join(f"{name}.{f.name}" for name in hints for f in dataclasses.fields(hints[name]))
+    return [f"{name}.{f.name}" for name in hints for f in dataclasses.fields(hints[name])]
 
 
 def _reason(error: Exception) -> str:

@@ -17,6 +17,8 @@ ROWS: dict[str, set[str]] = {
     "errors": set(),
     "version": set(),
     "spec": {"errors"},
+    "schema": {"spec"},
+    "completion": set(),
     "plugins": {"errors"},
     "cluster": {"spec", "plan"},
     "plan": {"spec"},
@@ -34,11 +36,11 @@ ROWS: dict[str, set[str]] = {
     "layout": {"preview", "world", "version"},
     "run": {"layout", "coordinator"},
     "bench": {"world", "pipeline"},
-    "cli": {"run", "bench"},
+    "cli": {"run", "bench", "schema", "completion"},
     "__init__": {"version"},
     "__main__": {"cli"},
 }
-WITHOUT_TORCH_AND_MPI = {"errors", "version", "spec", "plugins", "cluster", "plan", "records"}
+WITHOUT_TORCH_AND_MPI = {"errors", "version", "spec", "schema", "completion", "plugins", "cluster", "plan", "records"}
 WITHOUT_TORCH = {"generate/scheduler.py"}
 NEVER_AT_TOP_LEVEL = {"transformers", "matplotlib", "accelerate", "gguf", "PIL", "soundfile", "pyarrow"}
 

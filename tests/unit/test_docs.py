@@ -33,12 +33,12 @@ def keys() -> Iterator[tuple[str, Any, Any]]:
             yield f"{section}.{field.name}", hints[field.name], field.default
 
 
-def rows() -> dict[str, tuple[str, str]]:
-    """Type and default of each key in docs/job-file.md."""
+def rows() -> dict[str, tuple[str, str, str]]:
+    """Type, default and meaning of each key in docs/job-file.md."""
     text = (REPO / "docs" / "job-file.md").read_text(encoding="utf-8")
-    found = re.findall(r"^\| `([\w.]+)` \| (.+?) \| (.+?) \| .+ \|$", text, re.MULTILINE)
-    assert len({key for key, _, _ in found}) == len(found)
-    return {key: (kind, default) for key, kind, default in found}
+    found = re.findall(r"^\| `([\w.]+)` \| (.+?) \| (.+?) \| (.+) \|$", text, re.MULTILINE)
+    assert len({key for key, *_ in found}) == len(found)
+    return {key: (kind, default, meaning) for key, kind, default, meaning in found}
 
 
 def choices(hint: Any) -> Iterator[Any]:
@@ -56,10 +56,20 @@ def test_the_job_file_document_has_the_keys_of_the_spec() -> None:
 
 @pytest.mark.parametrize(("key", "hint", "default"), list(keys()), ids=[key for key, _, _ in keys()])
 def test_the_job_file_document_has_defaults_and_choices(key: str, hint: Any, default: Any) -> None:
-    kind, shown = rows()[key]
+    kind, shown, _ = rows()[key]
     default = list(default) if isinstance(default, tuple) else default
     assert shown == "required" if default is dataclasses.MISSING else yaml.safe_load(shown.strip("`")) == default
     assert re.findall("`(.+?)`", kind) == [str(choice) for choice in choices(hint)]
+
+
+def test_the_job_file_document_says_what_the_spec_says() -> None:
+    sections = typing.get_type_hints(JobSpec)
+    said = {
+        f"{name}.{field.name}": field.metadata["about"]
+        for name, cls in sections.items()
+        for field in dataclasses.fields(cls)
+    }
+    assert {key: meaning for key, (_, _, meaning) in rows().items()} == said
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
