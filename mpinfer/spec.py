@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import reprlib
 import types
 import typing
@@ -524,9 +525,25 @@ def read_mapping(path: str | Path, kind: str, first: str) -> dict[str, Any]:
     return tree
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses mappings that have a key twice, of which YAML would forget the first."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen: list[Any] = []
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                problem = f"the key {reprlib.repr(key)} is there twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            seen.append(key)
+        return super().construct_mapping(node, deep)
+
+
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise SpecError(f"{where}: not usable YAML (nested too deeply); correct it") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -573,7 +590,7 @@ def build(cls: Any, tree: Any, prefix: str, missing_fix: str = _MISSING_FIX) -> 
         required = f.default is dataclasses.MISSING
         if section := _section(hints[name]):
             if name in tree or required:
-                values[name] = build(section, tree.get(name) or {}, key + ".", missing_fix)
+                values[name] = build(section, {} if tree.get(name) is None else tree[name], key + ".", missing_fix)
         elif name in tree:
             values[name] = _check(key, tree[name], hints[name], f.metadata, missing_fix)
         elif required:
@@ -618,8 +635,9 @@ def _check(key: str, value: Any, hint: Any, rules: Mapping[str, Any], missing_fi
             raise SpecError(f"{key}={value!r}: must be at most {maximum:g}; lower it")
         if value == "":
             raise SpecError(f"{key}='': must not be empty; give a value")
-        if value != value:
-            raise SpecError(f"{key}={value!r}: is not a number; correct the value")
+        if isinstance(value, float) and not math.isfinite(value):
+            kind = "number" if math.isnan(value) else "finite number"
+            raise SpecError(f"{key}={value!r}: is not a {kind}; correct the value")
         return value
     allowed = [kind.__name__ for kind in kinds] + [repr(choice) for choice in choices]
     raise SpecError(f"{key}={reprlib.repr(value)}: must be {' or '.join(allowed)}; correct the value")

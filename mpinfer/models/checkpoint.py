@@ -87,7 +87,7 @@ def check_model(spec: ModelSpec) -> Kind:
         if not path.is_file():
             raise ModelError(f"model.path={path}: no such file; give a program that torch.export.save wrote")
     else:
-        config = json.loads((check_model_directory(spec.path) / "config.json").read_text(encoding="utf-8"))
+        config = _read_object(check_model_directory(spec.path) / "config.json")
         Checkpoint(path)
         if _is_decoder(config, spec.task):
             return "decoder"
@@ -133,12 +133,19 @@ def check_model_directory(path: str) -> Path:
     config = directory / "config.json"
     if not config.is_file():
         raise ModelError(f"model.path={path}: has no config.json; give a Hugging Face model directory")
-    try:
-        if not isinstance(json.loads(config.read_text(encoding="utf-8")), dict):
-            raise ValueError("not an object")
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{config}: not valid JSON ({error}); fetch or convert the model again") from None
+    _read_object(config)
     return directory
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file; raises `ModelError`."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{file}: not valid JSON ({error}); fetch or convert the model again") from None
+    return found
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -148,10 +155,10 @@ def _weight_files(directory: Path) -> list[Path]:
         if not single.is_file():
             raise ModelError(f"{directory}: has no model.safetensors; convert the weights to safetensors first")
         return [single]
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise ModelError(f"{index}: not a safetensors index ({error!r}); fetch the model again") from None
+    files = _read_object(index).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise ModelError(f"{index}: not a safetensors index (no weight_map from tensors to files); fetch the model again")
+    names = sorted(set(files.values()))
     for name in names:
         if Path(name).name != name:
             raise ModelError(f"{index}: names {name!r}, a path outside the model directory; refuse this model")
@@ -168,20 +175,13 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
             (header_bytes,) = struct.unpack("<Q", stream.read(8))
             if header_bytes > min(HEADER_LIMIT_BYTES, actual_bytes - 8):
                 raise ValueError(f"a header of {header_bytes} bytes in a file of {actual_bytes}")
-            header: dict[str, Any] = json.loads(stream.read(header_bytes))
+            header = json.loads(stream.read(header_bytes), object_pairs_hook=_object_of_unique_names)
+        if not isinstance(header, dict):
+            raise ValueError("its header is no JSON object")
         header.pop("__metadata__", None)
         start = 8 + header_bytes
-        tensors = {
-            name: StoredTensor(
-                file,
-                tuple(int(n) for n in entry["shape"]),
-                entry["dtype"],
-                start + entry["data_offsets"][0],
-                entry["data_offsets"][1] - entry["data_offsets"][0],
-            )
-            for name, entry in header.items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
+        tensors = {name: _stored(file, name, entry, start) for name, entry in header.items()}
+    except (OSError, ValueError, RecursionError, struct.error) as error:
         raise ModelError(f"{file}: not a safetensors file ({error}); fetch or convert the model again") from None
     needed_bytes = max((t.offset + t.size_bytes for t in tensors.values()), default=start)
     if needed_bytes != actual_bytes:
@@ -189,4 +189,34 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
             f"{file}: has {actual_bytes} bytes, its header describes {needed_bytes}: truncated or damaged; "
             f"fetch or convert the model again"
         )
+    end = start
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].size_bytes)):
+        if tensor.offset != end:
+            problem = "shares bytes with another" if tensor.offset < end else "lies behind bytes that are no tensor's"
+            raise ModelError(f"{file}: tensor {name!r} {problem}; fetch or convert the model again")
+        end += tensor.size_bytes
     return tensors
+
+
+def _object_of_unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("its header names a tensor twice")
+    return found
+
+
+def _stored(file: Path, name: str, entry: Any, start: int) -> StoredTensor:
+    """What an entry of a header describes; raises `ValueError`."""
+    if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"tensor {name!r} is without dtype, shape or data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"tensor {name!r} has dtype {dtype!r}, shape {shape!r} and data_offsets {offsets!r}")
+    size_bytes = offsets[1] - offsets[0]
+    if prod(shape) * ITEM_BYTES.get(dtype, 0) not in (size_bytes, 0) or size_bytes < 0:
+        raise ValueError(f"tensor {name!r} of shape {shape} in {dtype} has {size_bytes} bytes")
+    return StoredTensor(file, tuple(shape), dtype, start + offsets[0], size_bytes)
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(number) is int and number >= 0 for number in value)

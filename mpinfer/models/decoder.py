@@ -439,6 +439,9 @@ def _build_without_weights(config: Any, dtype: torch.dtype) -> Any:
             f"model_type={getattr(config, 'model_type', None)!r}: transformers has no causal language model for it "
             f"({first[:120]}); give a decoder language model for task generate"
         ) from None
+    except RuntimeError as error:  # of torch: sizes that no memory has
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(f"config.json: its model cannot be built ({first[:120]}); fetch the model again") from None
     return model.eval()
 
 
