@@ -122,7 +122,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from mpinfer.run import run_job
+    from mpinfer.job import run_job
     from mpinfer.spec import load_spec
 
     return run_job(
@@ -131,8 +131,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _run_batch(arguments: argparse.Namespace) -> int:
+    from mpinfer.job import run_job
     from mpinfer.records.openai_batch import batch_job
-    from mpinfer.run import run_job
 
     files = (arguments.input_file, arguments.output_file)
     return run_job(lambda: batch_job(*files, arguments.model, arguments.overrides), arguments.resume, arguments.dry_run)
@@ -244,7 +244,7 @@ def _bench_transport(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from mpinfer.run import examine_world
+    from mpinfer.job import examine_world
 
     return examine_world()
 

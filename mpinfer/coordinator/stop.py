@@ -39,15 +39,21 @@ class Stop:
         self._save: Callable[[], None] = lambda: None
         reads, self._pipe = os.pipe()
         os.set_blocking(self._pipe, False)
-        for number in _SIGNALS:
-            signal.signal(number, lambda *_: None)
-        signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+        self._wakeup = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(reads,), name="stop", daemon=True).start()
 
     def drain(self, limit_s: float, save: Callable[[], None] = lambda: None) -> None:
         """From now on there is work in hand to be finished first; `save` is called before the world ends without it."""
         self._limit_s, self._save, self._draining = limit_s, save, True
         self._endpoint.attach(self)
+
+    def close(self) -> None:
+        """Give signals back to who had them before."""
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        os.close(self._pipe)  # which ends the thread
 
     def complete_finished(self) -> None:
         """At every progress point: tell rank 0, once."""
@@ -66,7 +72,10 @@ class Stop:
                 if self._asked_s is not None:
                     self._end(f"work in hand was not finished within {self._limit_s:g} s (stop.drain_limit_s)")
                 continue
-            number = os.read(reads, 1)[0]
+            if not (read := os.read(reads, 1)):
+                os.close(reads)
+                return
+            number = read[0]
             if number == _HEARD:
                 self._asked_s = self._asked_s or time.monotonic()
             elif number not in _SIGNALS:

@@ -34,10 +34,11 @@ ROWS: dict[str, set[str]] = {
     "preview": {"cluster", "engine"},
     "world": {"cluster", "transport", "version"},
     "layout": {"preview", "world", "version"},
-    "run": {"layout", "coordinator"},
+    "job": {"layout", "coordinator"},
+    "api": {"job"},
     "bench": {"world", "pipeline"},
-    "cli": {"run", "bench", "schema", "completion"},
-    "__init__": {"version"},
+    "cli": {"job", "bench", "schema", "completion"},
+    "__init__": {"version", "api"},
     "__main__": {"cli"},
 }
 WITHOUT_TORCH_AND_MPI = {"errors", "version", "spec", "schema", "completion", "plugins", "cluster", "plan", "records"}
@@ -146,7 +147,9 @@ def test_heavy_libraries_are_imported_where_they_are_used() -> None:
     assert not [str(found) for found in at_once if found.package in NEVER_AT_TOP_LEVEL]
 
 
-@pytest.mark.parametrize("module", ["mpinfer.run", "mpinfer.preview", "mpinfer.generate.scheduler"])
+@pytest.mark.parametrize(
+    "module", ["mpinfer", "mpinfer.job", "mpinfer.api", "mpinfer.preview", "mpinfer.generate.scheduler"]
+)
 def test_is_imported_without_torch_and_numpy(module: str) -> None:
     """A run binds its threads before the math libraries load, and refuses bad input without waiting for them."""
     program = (
@@ -170,7 +173,7 @@ def test_the_walk_tells_kinds_of_import_apart() -> None:
 import torch.nn
 from mpinfer import spec
 if TYPE_CHECKING:
-    from mpinfer.run import World
+    from mpinfer.job import World
 else:
     import numpy
 try:
@@ -185,7 +188,7 @@ async def f():
     assert found == {
         ("torch.nn", True, False),
         ("mpinfer.spec", True, False),
-        ("mpinfer.run.World", True, True),
+        ("mpinfer.job.World", True, True),
         ("numpy", True, False),
         ("gguf", True, False),
         ("transformers", False, False),

@@ -21,6 +21,7 @@ DOCUMENTS = [
     "docs/design.md",
     "docs/job-file.md",
     "docs/openai-batch.md",
+    "docs/python.md",
     "slurm/README.md",
 ]
 

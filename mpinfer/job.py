@@ -53,7 +53,7 @@ def run_job(read_spec: Callable[[], JobSpec], resume: bool, dry_run: bool) -> Ex
     try:
         world = join_world()
         try:
-            return _run(world, read_spec, resume, dry_run)
+            return _run(world, Stop(world.endpoint, lambda: str(world)), read_spec, resume, dry_run)
         except MpinferError as error:  # one rank's alone, in the midst of the work
             if world.endpoint.size > 1:
                 sys.excepthook(*sys.exc_info())  # the others wait for it
@@ -65,9 +65,35 @@ def run_job(read_spec: Callable[[], JobSpec], resume: bool, dry_run: bool) -> Ex
         return error.exit_code
 
 
-def _run(world: World, read_spec: Callable[[], JobSpec], resume: bool, dry_run: bool) -> ExitCode:
+def run_within(read_spec: Callable[[], JobSpec], resume: bool) -> ExitCode:
+    """`run_job` for a program that goes on: raises what that prints, and gives signals and the exception hook back."""
+    hook = sys.excepthook
+    try:
+        world = join_world()
+        stop = Stop(world.endpoint, lambda: str(world))
+        if torch := sys.modules.get("torch"):  # loaded before this rank had its cores
+            torch.set_num_threads(world.binding.threads)
+        try:
+            code = _run(world, stop, read_spec, resume, dry_run=False)
+        except MpinferError:  # one rank's alone
+            if world.endpoint.size > 1:
+                sys.excepthook(*sys.exc_info())  # the others wait for it, whoever catches it here
+            raise
+        except Agreed:
+            stop.close()
+            raise
+    except Agreed as error:
+        sys.excepthook = hook
+        agreed = MpinferError(str(error))
+        agreed.exit_code = error.exit_code
+        raise agreed from None
+    stop.close()
+    sys.excepthook = hook
+    return code
+
+
+def _run(world: World, stop: Stop, read_spec: Callable[[], JobSpec], resume: bool, dry_run: bool) -> ExitCode:
     endpoint = world.endpoint
-    stop = Stop(endpoint, lambda: str(world))
     look: FirstLook | None = None
     files: OutputFiles | None = None
 
@@ -90,8 +116,12 @@ def _run(world: World, read_spec: Callable[[], JobSpec], resume: bool, dry_run: 
         return ExitCode(told["done"])
 
     watchdog = Watchdog(endpoint.activity, endpoint.pulse, spec.watchdog.timeout_s, lambda: str(world), endpoint.abort)
-    layout = lay_out(world, spec, look)
-    code = ExitCode.COMPLETE if dry_run else _compute(world, spec, layout, files, stop, watchdog)
+    try:
+        layout = lay_out(world, spec, look)
+        code = ExitCode.COMPLETE if dry_run else _compute(world, spec, layout, files, stop, watchdog)
+    except Agreed:
+        watchdog.close()
+        raise
     watchdog.close()
     if world.endpoint.lost:
         world.endpoint.leave(code)
