@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +21,11 @@ DOCUMENTS = [
     "CHANGELOG.md",
     "docs/cluster-file.md",
     "docs/design.md",
+    "docs/index.md",
     "docs/job-file.md",
     "docs/openai-batch.md",
     "docs/python.md",
+    "docs/sites.md",
     "slurm/README.md",
 ]
 
@@ -96,3 +100,12 @@ def test_jobs_are_valid_and_their_input_is_there(job: Path) -> None:
     """In the repository, or made by a command that the job's first lines tell."""
     path = load_spec(job).input.path
     assert (REPO / path).exists() or f"{path}\n" in job.read_text(encoding="utf-8").split("\n\n")[0] + "\n"
+
+
+def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPO)
+    assert built.returncode == 0, built.stderr
+    pages = {path.stem for path in (REPO / "docs").glob("*.md")} - {"index"}
+    assert pages == {path.parent.name for path in tmp_path.glob("*/index.html")}
