@@ -81,6 +81,10 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("directory", metavar="DIR")
     verify.set_defaults(command=_verify)
 
+    report = commands.add_parser("report", help="write report.html, a run on one page, beside its timing.json")
+    report.add_argument("directory", metavar="DIR")
+    report.set_defaults(command=_report)
+
     convert = commands.add_parser("convert", help="turn a GGUF file into a model directory that mpinfer loads")
     convert.add_argument("source", metavar="SRC", help="a .gguf file")
     convert.add_argument("destination", metavar="DST", help="the directory to write")
@@ -227,6 +231,22 @@ def _verify(arguments: argparse.Namespace) -> int:
     if not verdict.complete:
         return ExitCode.FAULT
     return ExitCode.RECORDS_FAILED if verdict.failed else ExitCode.COMPLETE
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from mpinfer.observe.page import page
+    from mpinfer.records.files import write_atomically
+
+    path = Path(arguments.directory) / "timing.json"
+    try:
+        text = page(json.loads(path.read_text(encoding="utf-8")), arguments.directory)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SpecError(
+            f"{path}: not the account of a run ({type(error).__name__}: {error}); give the output of a run"
+        ) from None
+    write_atomically(path.with_name("report.html"), text.encode())
+    print(path.with_name("report.html"))
+    return ExitCode.COMPLETE
 
 
 def _convert(arguments: argparse.Namespace) -> int:

@@ -23,6 +23,7 @@ from mpinfer.coordinator.progress import Progress
 from mpinfer.coordinator.stop import Stop
 from mpinfer.errors import ExitCode, MpinferError, WorldLostError
 from mpinfer.layout import Expected, Layout, device, lay_out, time_steps
+from mpinfer.observe.hints import hints
 from mpinfer.observe.report import Before, timing, timing_table
 from mpinfer.observe.watchdog import Watchdog
 from mpinfer.preview import FirstLook
@@ -245,6 +246,8 @@ def _coordinate(
     if not silent:
         _end(world, files.exit_code)
     print(timing_table(account), flush=True)
+    for hint in hints(account):
+        world.say(f"hint: {hint}")
     world.say(f"{files.responses or files.directory}: complete, {len(records)} records, {journal.errors} failed")
     if silent:
         world.say(
