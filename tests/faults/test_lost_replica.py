@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 from harness import Mpi, World, complete_run, find_mpis, read_timing, require
-from test_fault import END_S, SLOWLY, START_S, journaled, verify
+from test_fault import END_S, START_S, journaled, verify
 
 RUN_S = 280
+# Slow enough to be killed in the midst, quick enough for what is left.
+UNHURRIED = ("--set", "parallel.micro_batch=4", "--set", "parallel.in_flight=2", "--set", "generate.step_tokens=8")
 
 
 @pytest.fixture
@@ -26,7 +28,7 @@ def kill_one(mpi: Mpi, job: Path, output: Path, victim: int, layout: str, wait_s
     """Run a job in a layout (replicas x stages x shards) and kill a rank after the first results; how it ends."""
     axes = zip(("replicas", "stages", "shards"), layout.split("x"), strict=True)
     options = [part for axis, count in axes for part in ("--set", f"parallel.{axis}={count}")]
-    with World(mpi, 4, ["mpinfer", "run", job, "--output", output, *options, *SLOWLY]) as world:
+    with World(mpi, 4, ["mpinfer", "run", job, "--output", output, *options, *UNHURRIED]) as world:
         world.wait_until(lambda: journaled(output), START_S)
         os.kill(world.ranks()[victim], signal.SIGKILL)
         run = world.wait(wait_s)
