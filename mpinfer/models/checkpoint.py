@@ -157,7 +157,9 @@ def _weight_files(directory: Path) -> list[Path]:
         return [single]
     files = _read_object(index).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
-        raise ModelError(f"{index}: not a safetensors index (no weight_map from tensors to files); fetch the model again")
+        raise ModelError(
+            f"{index}: not a safetensors index (no weight_map from tensors to files); fetch the model again"
+        )
     names = sorted(set(files.values()))
     for name in names:
         if Path(name).name != name:
