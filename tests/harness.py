@@ -131,6 +131,10 @@ class World:
     def ended(self) -> bool:
         return self.launcher.poll() is not None and not self.processes()
 
+    @property
+    def stderr(self) -> str:
+        return self._read()[1]
+
     def wait(self, timeout_s: float) -> subprocess.CompletedProcess[str]:
         """Wait for the end of all processes; fails the test when one still lives after `timeout_s`."""
         if not eventually(lambda: self.ended, timeout_s):

@@ -103,6 +103,7 @@ class Lab:
         self._directory = Path(tempfile.mkdtemp(prefix="lab-"))
         self._processes: list[subprocess.Popen[str]] = []
         self._namespaces: set[str] = set()
+        self._pids: dict[str, int] = {}  # of the process that holds each host's namespaces
         try:
             self._bring_up(names, delay_ms)
             self._shape(names, rate_mbit, loss_percent)
@@ -138,16 +139,20 @@ class Lab:
         """The command line that runs another one on a host, in the caller's directory and environment."""
         return [str(self._directory / "on"), host, *map(str, args)]
 
+    def cut(self, host: str) -> None:
+        """Take its link down; what runs on it goes on."""
+        self._do(host, "ip link set eth0 down")
+
+    def power_off(self, host: str) -> None:
+        """Nobody is told: the link goes first."""
+        self.cut(host)
+        pid = self._pids[host]
+        self._empty({os.readlink(f"/proc/{pid}/ns/net")}, keep=pid)
+
     def close(self) -> None:
         for process in self._processes:
             process.kill()
-        while pids := self._inhabitants():
-            for pid in pids:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
-            time.sleep(0.01)
+        self._empty(self._namespaces)
         for process in self._processes:
             process.communicate()
         shutil.rmtree(self._directory)
@@ -159,6 +164,7 @@ class Lab:
         (self._directory / "cgroup").mkdir()
         unshare = ["unshare", "--net", "--uts", "--ipc", "--mount", "--propagation", "private"]
         pids = [self._start([*unshare, "sh", "-c", _HOST, name, str(self._directory)]) for name in names]
+        self._pids = dict(zip(names, pids, strict=True))
         self._write_scripts(names, pids)
         ports = [str(pid) for pid in pids]
         if delay_ms:
@@ -211,12 +217,21 @@ class Lab:
         if done.returncode:
             raise RuntimeError(f"{host}: {script}: {done.stderr.strip()}")
 
-    def _inhabitants(self) -> list[int]:
-        """The processes of all hosts and of the switch."""
+    def _empty(self, namespaces: set[str], keep: int | None = None) -> None:
+        """Kill all that runs in network namespaces, but for one process."""
+        while pids := set(self._inhabitants(namespaces)) - {keep}:
+            for pid in pids:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+            time.sleep(0.01)
+
+    def _inhabitants(self, namespaces: set[str]) -> list[int]:
         found = []
         for path in Path("/proc").glob("[0-9]*/ns/net"):
             try:
-                if os.readlink(path) in self._namespaces:
+                if os.readlink(path) in namespaces:
                     found.append(int(path.parts[2]))
             except OSError:  # ended meanwhile
                 continue

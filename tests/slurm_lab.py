@@ -47,10 +47,14 @@ MpiDefault=none
 ReturnToService=1
 SlurmdTimeout=10
 KillWait=5
+OverTimeLimit=0
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 SlurmdParameters=config_overrides
 GresTypes=gpu
 NodeName=node[1-{nodes}] CPUs=32 Gres=gpu:4 RealMemory=4000
-PartitionName=main Nodes=ALL Default=YES
+PartitionName=main Nodes=ALL Default=YES PriorityTier=1 GraceTime=30
+PartitionName=urgent Nodes=ALL PriorityTier=2
 """
 
 
@@ -109,6 +113,9 @@ class SlurmLab:
         """What Slurm knows of a job, or of each task of an array."""
         lines = self.do("scontrol", "--oneliner", "show", "job", job).splitlines()
         return [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines]
+
+    def power_off(self, node: str) -> None:
+        self._lab.power_off(node)
 
     def do(self, *args: str) -> str:
         """What a command on the controller's host prints."""

@@ -69,7 +69,7 @@ def surroundings() -> dict[str, Any]:
         "namespaces": namespaces,
         "interfaces": sorted(os.listdir("/sys/class/net")),
         "mounts": Path("/proc/self/mounts").read_text(),
-        "files": sorted(Path(tempfile.gettempdir()).glob("lab-*")),
+        "files": sorted(Path(tempfile.gettempdir()).glob("*lab-*")),
         "name": socket.gethostname(),
     }
 

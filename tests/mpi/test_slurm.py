@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from harness import REPO, Mpi, Tiny, assert_token_rule, eventually, mpirun, read_jsonl, read_timing, write_jsonl
 from slurm_lab import SlurmLab, missing
+from test_network import surroundings
 
 NODES = ["node1", "node2", "node3", "node4"]
 PMI = {"openmpi": "pmix", "mpich": "pmi2"}
@@ -111,6 +113,17 @@ def test_array_shares_the_input_out(
     assert [(r["id"], r["output"]) for part in parts for r in part] == [(r["id"], r["output"]) for r in whole]
 
 
+def test_cluster_leaves_nothing(tmp_path: Path) -> None:
+    """Though a job runs when it is taken down, and a node is off."""
+    before = surroundings()
+    with SlurmLab(2) as slurm:
+        slurm.do("sbatch", "--nodelist=node1", f"--output={tmp_path}/out", "--wrap=hostname; srun sleep 1000")
+        assert eventually(lambda: (tmp_path / "out").exists() and (tmp_path / "out").read_text(), END_S)
+        slurm.power_off("node2")
+        assert surroundings() != before
+    assert surroundings() == before
+
+
 @pytest.mark.parametrize("script", COPIED, ids=lambda path: path.name)
 def test_slurm_takes_the_scripts_to_copy(slurm: SlurmLab, script: Path) -> None:
     command = slurm.command(["sbatch", "--test-only", script])
@@ -201,6 +214,21 @@ def test_cancelled_job_is_not_requeued(slurm: SlurmLab, one_mpi: Mpi, tiny: Tiny
         job.exit_codes()
         [task] = slurm.tasks(job.number)
     assert (task["JobState"], task["Restarts"]) == ("CANCELLED", "0")
+
+
+@pytest.mark.slow
+def test_preempted_job_leaves_in_order_and_goes_on(slurm: SlurmLab, mpi: Mpi, tiny: Tiny, tmp_path: Path) -> None:
+    with LongJob(slurm, mpi, tiny, tmp_path) as job:
+        job.wait_until(lambda: job.results)
+        started = time.monotonic()
+        slurm.do("srun", "--partition=urgent", "--nodes=4", "--exclusive", "--time=1", "true")
+        ended_s = time.monotonic() - started
+        kept = job.results
+        assert job.exit_codes() == ["0:0"], job.log
+        assert int(slurm.tasks(job.number)[0]["Restarts"]) == 1
+    print(f"\n{mpi.name}: preempted, the other job through after {ended_s:.1f} s")
+    assert_complete(tmp_path, tiny, kept)
+    assert "records done; --resume goes on" in job.log
 
 
 def assert_complete(directory: Path, tiny: Tiny, kept: int) -> None:
