@@ -83,6 +83,7 @@ def test_what_a_user_writes_is_quoted(script: Script, tmp_path: Path) -> None:
         (4, 19, True, True),
         (4, 20, True, False),
         (137, 0, True, True),
+        (143, 0, True, True),
         (143, 0, False, False),
     ],
 )
