@@ -52,6 +52,12 @@ class TransportError(MpinferError):
     exit_code = ExitCode.FAULT
 
 
+class OutOfMemoryError(MpinferError):
+    """Memory does not suffice for a batch that cannot be computed in halves. Ends the world, as any fault does."""
+
+    exit_code = ExitCode.FAULT
+
+
 class WorldLostError(TransportError):
     """Ranks have died that the others cannot do without."""
 

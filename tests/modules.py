@@ -1,5 +1,8 @@
 """Modules that tests run by their names."""
 
+import resource
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import nn
@@ -35,3 +38,41 @@ class _Looks(nn.Module):
 
 def looks_at_its_numbers() -> nn.Module:
     return _Looks()
+
+
+class _Hungry(nn.Module):
+    """Needs half a gigabyte for each record of a batch, for a moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        room = torch.empty(x.shape[0], 2**29, dtype=torch.int8)
+        return self.last(x + (0 * room[:, :8]).to(x.dtype))
+
+
+def hungry() -> nn.Module:
+    """Of eight records four get their memory at a time."""
+    _limit_memory(3)
+    return _Hungry()
+
+
+class _Greedy(nn.Module):
+    """Needs as many gigabytes as the sum of a batch's numbers."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch.empty(int(x.sum()) << 30, dtype=torch.int8)
+        return x
+
+
+def greedy() -> nn.Module:
+    _limit_memory(6)
+    return _Greedy()
+
+
+def _limit_memory(gigabytes: int) -> None:
+    """Of address space, beyond what this process has now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (gigabytes << 30),) * 2)

@@ -13,6 +13,7 @@ from mpinfer.forward.results import ResultSink
 from mpinfer.forward.stage import ForwardStage
 from mpinfer.forward.tasks import make_task
 from mpinfer.models.graph import GraphSkeleton
+from mpinfer.models.halving import Halving
 from mpinfer.observe.account import Account
 from mpinfer.pipeline.links import Copied, Links
 from mpinfer.pipeline.timing import steady_s
@@ -47,7 +48,9 @@ class ForwardRank:
         start, stop = layout.blocks_of(self.coordinates.stage)
         self._part = skeleton.load_part(start, stop, device, layout.micro_batch, endpoint.progress, shard)
         self._load_s = time.perf_counter() - started
-        self._stage = ForwardStage(self._part)
+        fixed = "" if self._part.can_halve else "its model takes batches of one size only"
+        self._halving = Halving("its parts are on several shards" if self._divided else fixed)
+        self._stage = ForwardStage(self._part, self._halving)
         self._inbox: Inbox = self._make_inbox()
         self._worker = Worker(self._inbox, self._stage, self._make_outbox(), self._account)
 
@@ -62,6 +65,7 @@ class ForwardRank:
         """The loop, until the stream of batches ends."""
         self._account.restart()
         self._links.restart()
+        self._halving.count = 0
         with self._links.progressing():
             self._worker.run(stream())
             self._inbox.close()
@@ -80,6 +84,7 @@ class ForwardRank:
             **self._links.figures(),
             "weight_bytes": self._part.weight_bytes,
             "linear_kernels": dict(self._part.kernels),
+            "halved_batches": self._halving.count,
             "read_bytes": self._part.read_bytes,
             "read_s": self._load_s,
         }

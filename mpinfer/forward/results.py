@@ -8,12 +8,16 @@ from typing import Any
 import torch
 
 from mpinfer.errors import RecordError
-from mpinfer.forward.tasks import Task
+from mpinfer.forward.stage import failed
+from mpinfer.forward.tasks import Output, Task
 from mpinfer.observe.account import Account
 from mpinfer.records.shards import ShardWriter
 from mpinfer.transport.control import COMPUTED, COORDINATOR, RESULTS, Control
 from mpinfer.transport.message import Message
 
+_TOO_LARGE = RecordError(
+    "the record needs more memory than its rank has, even alone in a batch; give each rank more, or cut the record"
+)
 _FLUSH_S = 2.0  # the longest that a result waits for its shard to fill
 
 
@@ -36,11 +40,15 @@ class ResultSink:
 
     def start(self, micro_batch: int, message: Message) -> None:
         if not message.is_end:
-            indices = message.header.tolist()
-            with self._account.phase("compute"):
-                batch = dict(zip(self._output_names(), message.values, strict=True))
-                outputs = self._task.outputs(_tensors(batch), len(indices))
+            header = message.header.tolist()
+            indices = [index for index in header if index >= 0]
+            outputs: Sequence[Output] = ()
+            if indices:
+                with self._account.phase("compute"):
+                    batch = dict(zip(self._output_names(), message.values, strict=True))
+                    outputs = self._task.outputs(_tensors(batch), len(indices))
             self._send([result for pair in zip(indices, outputs, strict=True) if (result := self._result(*pair))])
+            self._send([_failed(failed(index), _TOO_LARGE) for index in header if index < 0])
             if computed := [index for index in indices if index in self._plain]:
                 self._endpoint.send(COORDINATOR, COMPUTED, computed)  # lest another replica be asked for them
         if self._shards is not None and (
@@ -53,7 +61,7 @@ class ResultSink:
     def drain(self) -> None:
         """Results are control messages, which the endpoint completes."""
 
-    def _result(self, index: int, output: dict[str, Any] | RecordError) -> dict[str, Any] | None:
+    def _result(self, index: int, output: Output) -> dict[str, Any] | None:
         """None when it has to wait for its arrays' shard."""
         if isinstance(output, RecordError):
             return _failed(index, output)

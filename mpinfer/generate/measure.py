@@ -16,6 +16,7 @@ from mpinfer.generate.readout import NoReadout
 from mpinfer.generate.scheduler import Segment, Step
 from mpinfer.generate.stage import DecodeStage, encode_step
 from mpinfer.models.decoder import DecoderPart, DecoderSkeleton
+from mpinfer.models.halving import Halving
 from mpinfer.models.linear import PackedLinear
 from mpinfer.models.quantize import Int8Linear
 from mpinfer.plan.block import ModelSummary
@@ -113,7 +114,7 @@ class _Bench:
 
     def __init__(self, part: DecoderPart, skeleton: DecoderSkeleton, cache: KVCache) -> None:
         self._part, self._hidden, self._dtype = part, skeleton.hidden_size, skeleton.dtype
-        self._stage = DecodeStage(part, cache, NoReadout(part))
+        self._stage = DecodeStage(part, cache, NoReadout(part), Halving())
 
     def step(self, segments: Sequence[Segment]) -> Callable[[], object]:
         """A step of these, to be called again and again."""

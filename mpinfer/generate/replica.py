@@ -15,6 +15,7 @@ from mpinfer.generate.scheduler import Scheduler, Segment, Step
 from mpinfer.generate.stage import DecodeStage, encode_step, header_words
 from mpinfer.generate.tasks import make_task, readout_kind
 from mpinfer.models.decoder import DecoderSkeleton
+from mpinfer.models.halving import Halving
 from mpinfer.observe.account import Account
 from mpinfer.pipeline.links import Copied, Gathered, Links
 from mpinfer.pipeline.timing import steady_s
@@ -86,7 +87,8 @@ class DecodeRank:
         cache = KVCache(layout.in_flight * layout.micro_batch, self._max_length, device)
         outbox = self._outbox()
         self._inbox = self._first_inbox(skeleton, outbox, needs_logits) if self._part.first else self._activations()
-        self._stage = DecodeStage(self._part, cache, on_the_way, with_hidden=number == 0)
+        self._halving = Halving("" if shard is None else "its parts are on several shards")
+        self._stage = DecodeStage(self._part, cache, on_the_way, self._halving, with_hidden=number == 0)
         self._worker = Worker(self._inbox, self._stage, outbox, self._account)
 
     def timed_steps(self) -> list[Timed]:
@@ -115,6 +117,7 @@ class DecodeRank:
         """The loop, until the stream of steps ends."""
         self._account.restart()
         self._links.restart()
+        self._halving.count = 0
         with self._links.progressing():
             self._worker.run(stream())
             self._inbox.close()
@@ -133,6 +136,7 @@ class DecodeRank:
             **self._links.figures(),
             "weight_bytes": self._part.weight_bytes,
             "linear_kernels": self._part.kernels,
+            "halved_batches": self._halving.count,
             "read_bytes": self._part.read_bytes,
             "read_s": self._load_s,
         }

@@ -17,6 +17,7 @@ from mpinfer.models.build import Built, build
 from mpinfer.models.convolution import PackedConvolution, can_pack, find_groups
 from mpinfer.models.cut import Cutter, concrete, size_bytes
 from mpinfer.models.graph_parallel import Division, divide
+from mpinfer.models.halving import RecordAxes, is_out_of_memory
 from mpinfer.models.linear import LayerTuner, packed_bytes
 from mpinfer.models.profile import estimated_cost, operation_seconds, probe
 from mpinfer.models.program import InputShape, Program, bind_inputs, named_outputs
@@ -239,6 +240,7 @@ class GraphPart:
     def __init__(
         self,
         blocks: Sequence[fx.GraphModule],
+        axes: tuple[RecordAxes, RecordAxes],
         outputs: Sequence[str],
         root: nn.Module,
         read_bytes: int,
@@ -246,7 +248,10 @@ class GraphPart:
         device: str,
         on_block: Callable[[], None],
     ) -> None:
+        """`axes`: of what crosses into the part, and out of it."""
         self._blocks, self._on_block, self._device = blocks, on_block, device
+        self._into, self._out = axes
+        self.can_halve = all(crossing.are_known for crossing in axes)
         self.output_names = outputs  # of the last part's values
         self.read_bytes, self.kernels = read_bytes, dict(kernels)
         tensors = [*root.parameters(), *root.buffers()]
@@ -261,11 +266,23 @@ class GraphPart:
             values = block(*values)
         return values
 
+    def take(self, values: Sequence[Any], start: int, stop: int) -> Sequence[Any]:
+        """Of what crosses into the part, the records [start, stop): at least the two that programs take, the last one
+        twice if need be."""
+        taken = self._into.take(values, start, stop)
+        return taken if stop - start > 1 else self._into.join([taken, taken])
+
+    def join(self, pieces: Sequence[Sequence[Any]], records: Sequence[int]) -> Sequence[Any]:
+        """What crosses out of the part, of the first so many records of each piece, and again two of them at least."""
+        taken = [self._out.take(values, 0, count) for values, count in zip(pieces, records, strict=True)]
+        return self._out.join(taken if sum(records) > 1 else taken * 2)
+
 
 class WholePart:
     """A model that cannot be cut, with weights."""
 
     kernels: Mapping[str, int] = {}
+    can_halve = True
 
     def __init__(self, built: Built, names: Sequence[str], device: str) -> None:
         assert built.model is not None
@@ -295,6 +312,8 @@ class WholePart:
         try:
             given = self._finish(self._model(**inputs) if self._by_name else self._model(*tensors), inputs)
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
             raise ModelError(
                 f"{type(self._model).__name__}: raised {one_line(error)} for a batch of {shapes}; correct the model, "
@@ -303,6 +322,14 @@ class WholePart:
         outputs = named_outputs(given)
         self.output_names = list(outputs)
         return list(outputs.values())
+
+    def take(self, values: Sequence[torch.Tensor], start: int, stop: int) -> Sequence[torch.Tensor]:
+        """The records [start, stop) of a batch."""
+        return [value[start:stop] for value in values]
+
+    def join(self, pieces: Sequence[Sequence[torch.Tensor]], records: Sequence[int]) -> Sequence[torch.Tensor]:
+        """One batch of several, each of so many records."""
+        return [torch.cat(found) for found in zip(*pieces, strict=True)]
 
 
 class _Loader:
@@ -341,7 +368,14 @@ class _Loader:
         for tuner in self._tuners.values():
             self._kernels.update(tuner.kernels)
         outputs = list(self._program.outputs) if boundaries[-1] == self._cutter.end else []
-        return GraphPart(blocks, outputs, self._root, self._read_bytes, self._kernels, self._device, on_block)
+        axes = self._axes(boundaries[0]), self._axes(boundaries[-1])
+        return GraphPart(blocks, axes, outputs, self._root, self._read_bytes, self._kernels, self._device, on_block)
+
+    def _axes(self, position: int) -> RecordAxes:
+        """Of the records in what crosses a cut."""
+        program = self._program
+        crossing = program.outputs.values() if position == self._cutter.end else self._cutter.crossing(position)
+        return RecordAxes([node.meta["val"] for node in crossing], program.batch_symbols)
 
     def _use_convolutions(self, graph: fx.Graph) -> None:
         """Call packed convolutions where the graph has convolutions of images, with the norm and activation behind."""

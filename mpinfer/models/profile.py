@@ -39,7 +39,7 @@ def operation_seconds(graph: fx.Graph, operations: Sequence[fx.Node], symbols: M
         arguments = pytree.tree_map_only(fx.Node, lambda n: n.meta["val"], (node.args, node.kwargs))
         key = f"{node.target} {pytree.tree_map(lambda v: _signature(v, symbols), arguments)}"
         if key not in known and time.perf_counter() - started < _BUDGET_S:
-            known[key] = _best_s(_call_of(node, symbols))
+            known[key], _ = _timed(node, symbols)
         seconds.append(known.get(key))
     timed = [(cost, s) for cost, s in zip(estimates, seconds, strict=True) if s is not None]
     rate = sum(s for _, s in timed) / max(1.0, sum(cost for cost, _ in timed))
@@ -53,8 +53,8 @@ def probe(operations: Sequence[fx.Node], symbols: Mapping[Any, int]) -> tuple[fl
     The first tells ranks' speeds apart; the second also shows a rank that is made to pause.
     """
     costliest = sorted(operations, key=lambda node: estimated_cost(node, symbols), reverse=True)[:_PROBED]
-    timed = [(call, _best_s(call)) for call in (_call_of(node, symbols) for node in costliest)]
-    best = {call: seconds for call, seconds in timed if seconds is not None}
+    timed = [_timed(node, symbols) for node in costliest]
+    best = {call: seconds for seconds, call in timed if seconds is not None and call is not None}
     started, rounds = time.perf_counter(), 0
     while rounds == 0 or time.perf_counter() - started < _PROBE_S:
         for call in best:
@@ -79,18 +79,20 @@ def estimated_cost(node: fx.Node, symbols: Mapping[Any, int]) -> float:
     return _FLOPS_PER_BYTE * size_bytes(result, symbols) + (0.0 if is_lookup else flops)
 
 
-def _best_s(call: Callable[[], object]) -> float | None:
-    """Seconds of the fastest of a few calls; None for what cannot be computed from such numbers."""
+def _timed(node: fx.Node, symbols: Mapping[Any, int]) -> tuple[float, Callable[[], object]] | tuple[None, None]:
+    """Seconds of an operation, by the fastest of a few calls, and the call; None for what cannot be computed from such
+    numbers, or in this memory."""
     best_s = float("inf")
     try:
+        call = _call_of(node, symbols)
         for _ in range(_REPEATS):
             started, worked = time.perf_counter(), time.process_time()
             call()
             # Without the pauses that this rank is made to take: they would be counted for whatever runs just then.
             best_s = min(best_s, time.perf_counter() - started, time.process_time() - worked)
-    except (RuntimeError, IndexError, ValueError, TypeError):
-        return None
-    return best_s
+    except (RuntimeError, IndexError, ValueError, TypeError, MemoryError):
+        return None, None
+    return best_s, call
 
 
 def _call_of(node: fx.Node, symbols: Mapping[Any, int]) -> Callable[[], object]:

@@ -49,6 +49,12 @@ class Program:
     constants: dict[fx.Node, torch.Tensor]  # tensors that come with the program
     ranges: dict[Any, Any]  # of symbols of sizes
 
+    @property
+    def batch_symbols(self) -> set[Any]:
+        """What the number of records is called in sizes; none where it is fixed."""
+        counts = [node.meta["val"].shape[0] for node in self.inputs.values()]
+        return {count.node.expr for count in counts if isinstance(count, torch.SymInt)}
+
     def symbols(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[Any, int]:
         """What the symbols of sizes stand for when batches of these shapes enter."""
         found = {}

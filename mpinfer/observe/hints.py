@@ -20,8 +20,15 @@ _REMEDIES = {
 def hints(timing: dict[str, Any]) -> list[str]:
     """None for a run in order. Where ranks have died, their peers' waits tell nothing of the layout."""
     if timing["wall_s"] < _SHORTEST_S or timing["lost_ranks"]:
-        return [*_crowded(timing)]
-    return [*_crowded(timing), *_useless(timing), *_bubble(timing), *_stragglers(timing), *_off(timing)]
+        return [*_crowded(timing), *_halved(timing)]
+    return [
+        *_crowded(timing),
+        *_halved(timing),
+        *_useless(timing),
+        *_bubble(timing),
+        *_stragglers(timing),
+        *_off(timing),
+    ]
 
 
 def _crowded(timing: dict[str, Any]) -> Iterator[str]:
@@ -34,6 +41,16 @@ def _crowded(timing: dict[str, Any]) -> Iterator[str]:
             yield (
                 f"{len(ranks)} ranks of {host} run {threads} threads on {cores} cores: start at most {cores} ranks "
                 "there, or give each its own cores (the launcher's --bind-to or --cpus-per-task)"
+            )
+
+
+def _halved(timing: dict[str, Any]) -> Iterator[str]:
+    """Ranks that had less memory than their batches needed."""
+    for rank in timing["ranks"]:
+        if rank["halved_batches"]:
+            yield (
+                f"rank {rank['rank']} on {rank['host']} ran out of memory {rank['halved_batches']} times and computed "
+                "in halves what had failed: lower parallel.micro_batch, or start fewer ranks a node"
             )
 
 

@@ -330,12 +330,14 @@ def limit_s(tiny: Tiny) -> float:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_alone(case: Case, tiny: Tiny, limit_s: float, tmp_path: Path) -> None:
+def test_alone(case: Case, tiny: Tiny, limit_s: float, tmp_path: Path, sample: Callable[[bool], None]) -> None:
+    sample(CASES.index(case) % 4 < 2)
     check(case, MPIS[CASES.index(case) % len(MPIS)], None, tiny, limit_s, tmp_path)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_in_a_world(case: Case, tiny: Tiny, limit_s: float, tmp_path: Path) -> None:
+def test_in_a_world(case: Case, tiny: Tiny, limit_s: float, tmp_path: Path, sample: Callable[[bool], None]) -> None:
+    sample(CASES.index(case) % 4 > 1)
     check(case, MPIS[(CASES.index(case) + 1) % len(MPIS)], 2 if case.loads_torch else 4, tiny, limit_s, tmp_path)
 
 

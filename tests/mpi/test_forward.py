@@ -99,6 +99,41 @@ def test_a_model_that_cannot_be_cut_runs_whole_or_not_at_all(one_mpi: Mpi, tmp_p
     assert "parallel.stages=2: the model cannot be cut" in run.stderr
 
 
+def test_batches_beyond_the_memory_are_computed_in_halves(one_mpi: Mpi, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).random((20, 8), dtype=np.float32))
+    model = {"path": "tests.modules:hungry", "task": "forward"}
+    job = write_job(
+        tmp_path,
+        model=model,
+        input={"path": str(tmp_path / "x.npy")},
+        parallel={"stages": 2, "micro_batch": 8},
+        output={"arrays": "inline"},
+    )
+    halved = complete_run(one_mpi, 2, job, tmp_path / "halved", cwd=REPO)
+    small = complete_run(one_mpi, 2, job, tmp_path / "small", "parallel.micro_batch=4", cwd=REPO)
+    counts = [sum(rank["halved_batches"] for rank in read_timing(d)["ranks"]) for d in (halved, small)]
+    assert counts == [2, 0]  # of three batches the last has four records
+    found, wanted = ([r["output"]["output"] for r in read_jsonl(d / "results.jsonl")] for d in (halved, small))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_record_beyond_the_memory_fails_alone(one_mpi: Mpi, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.array([[1.0], [2.0], [9.0], [1.0], [3.0], [8.0]], dtype=np.float32))
+    job = write_job(
+        tmp_path,
+        model={"path": "tests.modules:greedy", "task": "forward"},
+        input={"path": str(tmp_path / "x.npy")},
+        parallel={"micro_batch": 4},
+        output={"arrays": "inline"},
+    )
+    run = mpirun(one_mpi, 1, ["mpinfer", "run", job, "--output", tmp_path / "out"], cwd=REPO)
+    assert run.returncode == 1, run.stderr
+    assert "ran out of memory" in run.stdout + run.stderr
+    results = read_jsonl(tmp_path / "out" / "results.jsonl")
+    assert [r["output"]["output"] if "output" in r else None for r in results] == [[1], [2], None, [1], [3], None]
+    assert "needs more memory than its rank has, even alone" in results[2]["error"]["message"]
+
+
 def test_a_killed_run_goes_on_under_another_layout(one_mpi: Mpi, rows: Path, tmp_path: Path) -> None:
     """Its journal keeps the results whose arrays are durable; shards that it left behind are gone at the end."""
     job = write_job(tmp_path, model={"path": "tests.modules:deep", "task": "forward"}, input={"path": str(rows)})

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mpinfer.errors import OutOfMemoryError
 from mpinfer.generate.cache import KVCache, PackedStep
 from mpinfer.generate.readout import Best, NoReadout
 from mpinfer.generate.ring import DecodeRing, Finish
@@ -15,7 +16,8 @@ from mpinfer.generate.scheduler import Limits, Scheduler, Segment, Sequence, Ste
 from mpinfer.generate.stage import DecodeStage, encode_step
 from mpinfer.generate.tasks import Generate
 from mpinfer.generate.text import Text
-from mpinfer.models.decoder import DecoderSkeleton
+from mpinfer.models.decoder import DecoderPart, DecoderSkeleton
+from mpinfer.models.halving import Halving
 from mpinfer.models.linear import PackedLinear
 from mpinfer.observe.account import Account
 from mpinfer.pipeline.worker import Worker
@@ -71,7 +73,8 @@ def run(parts, scheduler, groups, slots, source, task, kind=Best, length=64):
     inboxes = [DecodeRing(scheduler, groups, source, channels[-1], finish), *channels[:-1]]
     readouts = [NoReadout(parts[0]), *(kind(part) for part in parts[1:])]
     stages = [
-        DecodeStage(part, KVCache(slots, length, "cpu"), readout) for part, readout in zip(parts, readouts, strict=True)
+        DecodeStage(part, KVCache(slots, length, "cpu"), readout, Halving())
+        for part, readout in zip(parts, readouts, strict=True)
     ]
     workers = [Worker(*ends, Account()) for ends in zip(inboxes, stages, channels, strict=True)]
     first, *later = workers
@@ -232,11 +235,46 @@ def test_a_release_spares_the_neighbours_on_the_same_page():
         assert [tensor[slot].min().item() for slot in range(4)] == [1, 0, 1, 1]
 
 
+@pytest.mark.parametrize("most", [1, 3, 10])
+def test_steps_beyond_the_memory_are_computed_in_halves(tiny_llama, most, monkeypatch):
+    """By sequences, then by tokens of one: the same tokens come out."""
+    directory, model = tiny_llama
+    forward, sizes = DecoderPart.forward, []
+
+    def limited(part, x, positions, step):
+        if len(x) > most:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+        sizes.append(len(x))
+        return forward(part, x, positions, step)
+
+    monkeypatch.setattr(DecoderPart, "forward", limited)
+    found = decode(directory, (0, 3, 6), groups=2, micro_batch=4, step_tokens=64)
+    assert found == {index: reference(model, prompt) for index, prompt in enumerate(prompts())}
+    assert max(sizes) == most
+
+
+def test_what_cannot_be_halved_says_so(tiny_llama, monkeypatch):
+    directory, _ = tiny_llama
+    part = load(directory, (0, 6), 0)
+
+    def none_left(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(DecoderPart, "forward", none_left)
+    message = encode_step(Step((Segment(0, 0, 2, 1),), (5, 6)))
+    for halving, said in [
+        (Halving(), "for one token"),
+        (Halving("it is fixed"), "cannot be halved, since it is fixed"),
+    ]:
+        with pytest.raises(OutOfMemoryError, match=said):
+            DecodeStage(part, KVCache(2, 64, "cpu"), NoReadout(part), halving).forward(message)
+
+
 def test_a_stage_releases_the_slots_that_a_step_names(tiny_llama):
     directory, _ = tiny_llama
     part = load(directory, (0, 6), 0)
     cache = KVCache(2, 64, "cpu")  # a page for the keys of a slot, and one for its values
-    stage = DecodeStage(part, cache, NoReadout(part))
+    stage = DecodeStage(part, cache, NoReadout(part), Halving())
     stage.forward(encode_step(Step((Segment(0, 0, 2, 1), Segment(1, 0, 2, 1)), (5, 6, 7, 8))))
     stage.forward(encode_step(Step((Segment(1, 2, 1, 1),), (9,), released=(0,))))
     for index in range(4):

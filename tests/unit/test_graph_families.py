@@ -5,14 +5,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from transformers import logging
 
-from mpinfer.models.graph import GraphSkeleton
+from mpinfer.forward.stage import ForwardStage
+from mpinfer.models.graph import GraphPart, GraphSkeleton
+from mpinfer.models.halving import Halving
 from mpinfer.models.program import InputShape
 from mpinfer.spec import spec_from_dict
+from mpinfer.transport.message import Message
 
 logging.disable_progress_bar()
 
@@ -89,6 +93,40 @@ def test_a_family_gives_what_transformers_gives(name: str, tmp_path: Path) -> No
     for parts in (1, 3):
         found = compute(lambda: GraphSkeleton(spec, shapes), parts, batch)
         torch.testing.assert_close(found["logits"], wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_halves_of_a_batch_give_what_the_whole_gives(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever crosses a cut: values of records, masks, numbers of records."""
+    family, settings, kind = FAMILIES[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(getattr(transformers, f"{family}Config")(**settings)).eval()
+    model.save_pretrained(tmp_path)
+    batch, shapes = inputs_of(kind, 7)
+    spec = spec_from_dict({"model": {"path": str(tmp_path), "task": "classify"}, "input": {"path": "x"}})
+    skeleton = GraphSkeleton(spec, shapes)
+    whole = compute(lambda: skeleton, 3, batch)["logits"]
+    blocks = len(skeleton.summary().blocks)
+    forward = GraphPart.forward
+
+    def limited(part: GraphPart, values: Any) -> Any:
+        rows = [value.shape[0] for value in values if isinstance(value, torch.Tensor) and value.shape[0] > 1]
+        if rows and rows[0] > 3:
+            raise MemoryError
+        return forward(part, values)
+
+    monkeypatch.setattr(GraphPart, "forward", limited)
+    message = Message(np.arange(7, dtype=np.int32), tuple(skeleton.first_values(batch)))
+    for start, stop in pairwise(round(blocks * part / 3) for part in range(4)):
+        part = skeleton.load_part(start, stop, "cpu", 4, lambda: None)
+        assert part.can_halve
+        halving = Halving()
+        message = ForwardStage(part, halving).forward(message)
+        assert halving.count > 0
+    assert message.header.tolist() == list(range(7))
+    torch.testing.assert_close(message.values[0], whole, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "first", "last"])

@@ -20,6 +20,7 @@ def rank(number: int, **changes: Any) -> dict[str, Any]:
         "receive_wait_s": 1.6,
         "idle_s": 0.3,
         "overhead_s": 0.6,
+        "halved_batches": 0,
     } | changes
 
 
@@ -49,6 +50,7 @@ def test_a_run_in_order_gets_none() -> None:
         (timing(rank(0), rank(1, send_wait_s=12.0), bubble=0.24), ["send wait", "transport.wire"]),
         (timing(rank(0), rank(1, idle_s=12.0), bubble=0.24), ["most of it idle", "fewer ranks"]),
         (timing(rank(0, compute_s=8.0), rank(1, compute_s=28.0)), ["rank 1 on node1 (stage 1)", "parallel.stages"]),
+        (timing(rank(0), rank(1, halved_batches=3)), ["rank 1 on node1 ran out of memory 3 times", "micro_batch"]),
         (timing(rank(0), rank(1), predicted_wall_s=15.0), ["30.0 s where 15.0 s were predicted", "--exclusive"]),
         (timing(rank(0), rank(1), predicted_wall_s=60.0), ["30.0 s where 60.0 s were predicted"]),
     ],

@@ -18,7 +18,16 @@ def timing() -> dict[str, Any]:
     phases = {"send_wait_s": 1.0, "receive_wait_s": 2.0, "idle_s": 3.0, "overhead_s": 4.0}
     sizes = {"bytes_sent": 10**6, "weight_bytes": 10**6, "peak_memory_bytes": 10**9}
     ranks = [
-        {"rank": rank, "host": host, "cores": [rank], "threads": 1, "compute_s": 10.0, **phases, **sizes}
+        {
+            "rank": rank,
+            "host": host,
+            "cores": [rank],
+            "threads": 1,
+            "halved_batches": 0,
+            "compute_s": 10.0,
+            **phases,
+            **sizes,
+        }
         | {"coordinates": {"replica": 0, "stage": rank, "shard": 0}}
         for rank, host in enumerate(("node1", "<b>&"))
     ]
