@@ -25,6 +25,10 @@ _PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sinfo")
 _PMIX = "/usr/lib/*/pmix2/lib/libpmix.so"
 _UP_WITHIN_S = 20
 
+# Slurm's plugin for pmi2 now and then misreads the long addresses that MPICH's ranks exchange at the start where UCX
+# carries their messages ("value not properly terminated in client request"); libfabric's are short.
+_SHORT_ADDRESSES = {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp"}
+
 _CONFIGURATION = """
 ClusterName=lab
 SlurmctldHost=ctl
@@ -103,7 +107,7 @@ class SlurmLab:
     @property
     def environ(self) -> dict[str, str]:
         """For Slurm's commands, and for MPI between the nodes."""
-        return {**self._lab.environ, "SLURM_CONF": str(self._configuration)}
+        return {**self._lab.environ, **_SHORT_ADDRESSES, "SLURM_CONF": str(self._configuration)}
 
     def command(self, args: Sequence[Any]) -> list[str]:
         """The command line that runs another one on the controller's host."""

@@ -24,7 +24,7 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         with output_errors(path):
-            with temporary.open("wb") as file:
+            with open(temporary, "wb", opener=open_private) as file:
                 file.writelines([data] if isinstance(data, bytes) else data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -34,6 +34,11 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def open_private(path: str | Path, flags: int) -> int:
+    """For `open`: what a run writes is for its user's eyes, whatever the umask, until that user shares it."""
+    return os.open(path, flags, 0o600)
 
 
 def encode_json(entry: dict[str, Any]) -> bytes:
@@ -49,6 +54,15 @@ def write_all(fd: int, data: bytes) -> None:
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(fd, rest) :]
+
+
+def make_directory(directory: Path) -> None:
+    """Where there is none, a private one; its name and those of the parents it needs are durable. Raises `OSError`."""
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for path in missing:
+        with suppress(PermissionError):  # one may write in directories that one may not read, which syncing asks for
+            sync_directory(path.parent)
 
 
 def sync_directory(directory: Path) -> None:

@@ -23,6 +23,8 @@ from mpinfer.records.files import (
     MANIFEST,
     RESULTS,
     encode_json,
+    make_directory,
+    open_private,
     output_error,
     output_errors,
     read_manifest,
@@ -112,10 +114,10 @@ class Journal:
         with output_errors(path):
             if directory.exists() and not directory.is_dir():
                 raise OutputError(f"{directory}: is not a directory; choose another output.path")
-            directory.mkdir(parents=True, exist_ok=True)
+            make_directory(directory)
             if not path.exists():
                 _refuse_lost_journal(directory)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            fd = open_private(path, os.O_RDWR | os.O_CREAT)
             try:
                 _lock(fd, directory)
                 if not resume and _holds_results(directory):

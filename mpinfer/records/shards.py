@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from mpinfer.records.files import output_errors, sync_directory
+from mpinfer.records.files import make_directory, open_private, output_errors, sync_directory
 
 if TYPE_CHECKING:  # numpy loads only where arrays are
     import numpy as np
@@ -65,10 +65,10 @@ class ShardWriter:
                 group.append(array)
             named.append((index, places))
         with output_errors(self._directory):
-            self._directory.mkdir(exist_ok=True)
+            make_directory(self._directory)
             for (stem, *_), group in rows.items():
                 temporary = self._directory / f"{stem}.npy.tmp"
-                with temporary.open("wb") as file:
+                with open(temporary, "wb", opener=open_private) as file:
                     # By the file's own `write`: into a file, numpy writes by C's buffers, whose last errors it loses.
                     np.save(SimpleNamespace(write=file.write), np.stack(group))
                     file.flush()

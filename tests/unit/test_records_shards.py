@@ -138,7 +138,9 @@ def test_a_shard_is_named_only_when_it_is_durable(tmp_path: Path, monkeypatch: p
     writer = ShardWriter(tmp_path)
     writer.add(0, {"x": np.zeros(1), "y": np.zeros(1)})
     writer.flush()
-    assert done == ["fsync", "replace", "fsync", "replace", "sync directory"]
+    of_the_directory, *of_the_files = done
+    assert of_the_directory == "fsync", "its name, in the output directory"
+    assert of_the_files == ["fsync", "replace", "fsync", "replace", "sync directory"]
 
 
 def test_a_shard_that_cannot_be_written_is_an_error_of_the_output(tmp_path: Path) -> None:
