@@ -113,7 +113,7 @@ class InputSpec:
 class OutputSpec:
     path: str = rule(
         "out",
-        about="Directory of the results, made if need be.",
+        about="Directory of the results, made if need be, for its user alone (`chmod` shares it).",
     )
     responses: str | Auto = rule(
         AUTO,
