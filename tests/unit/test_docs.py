@@ -15,19 +15,8 @@ import yaml
 from mpinfer.spec import JobSpec, load_spec
 
 REPO = Path(__file__).parents[2]
-DOCUMENTS = [
-    "README.md",
-    "CONTRIBUTING.md",
-    "CHANGELOG.md",
-    "docs/cluster-file.md",
-    "docs/design.md",
-    "docs/index.md",
-    "docs/job-file.md",
-    "docs/openai-batch.md",
-    "docs/python.md",
-    "docs/sites.md",
-    "slurm/README.md",
-]
+OUTSIDE_SITE = [REPO / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "slurm/README.md")]
+DOCUMENTS = [str(path.relative_to(REPO)) for path in [*OUTSIDE_SITE, *sorted((REPO / "docs").glob("**/*.md"))]]
 
 
 def keys() -> Iterator[tuple[str, Any, Any]]:
