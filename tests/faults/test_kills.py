@@ -15,6 +15,7 @@ from test_fault import END_S, SLOWLY, START_S, journaled, verify
 
 LAYOUTS = [(4, 1, 1), (2, 2, 1), (1, 4, 1), (1, 2, 2)]  # replicas x stages x shards
 IN_A_ROW = 10  # kills of one job before it is left to complete
+COMPLETE_S = 600  # though other work has the same cores
 SOON_S, LATER_S = 10, 2  # after the ranks are there; after a new result
 
 
@@ -30,7 +31,7 @@ def test_kills_at_any_moment(
         for _ in range(first, min(first + IN_A_ROW, kills)):
             if journaled(output) < total:
                 ends_s.append(break_run(mpi, long_job, output, random, late=random.random() < 0.5))
-        complete_run(mpi, 2, long_job, output, "parallel.stages=2", resume=True)
+        complete_run(mpi, 2, long_job, output, "parallel.stages=2", resume=True, timeout_s=COMPLETE_S)
         assert (output / "results.jsonl").read_bytes() == unbroken
         assert journaled(output) == total, "each result is kept once"
         assert verify(mpi, output) == (True, total)
@@ -54,7 +55,7 @@ def test_restarts_in_a_row_make_progress(
         break_run(mpi, job, output, random, late=True)
         kept.append(journaled(output))
     assert all(before < after for before, after in pairwise(kept))
-    complete_run(mpi, 2, job, output, resume=True)
+    complete_run(mpi, 2, job, output, resume=True, timeout_s=COMPLETE_S)
     outputs = [json.loads(line)["output"] for line in (output / "results.jsonl").read_bytes().splitlines()]
     assert outputs == [json.loads(line)["output"] for line in unbroken.splitlines()] * (1 + restarts // 10)
     print(f"\n{mpi.name}: {restarts} restarts, {kept[-1]} of {len(outputs)} records, at least 1 a run")
