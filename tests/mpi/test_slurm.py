@@ -10,7 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import REPO, Mpi, Tiny, assert_token_rule, eventually, mpirun, read_jsonl, read_timing, write_jsonl
+from harness import (
+    NEAR_TIE,
+    REPO,
+    Mpi,
+    Tiny,
+    complete_run,
+    eventually,
+    mpirun,
+    read_jsonl,
+    read_timing,
+    write_jsonl,
+)
 from slurm_lab import SlurmLab, missing
 from test_network import surroundings
 
@@ -19,6 +30,8 @@ PMI = {"openmpi": "pmix", "mpich": "pmi2"}
 COPIED = sorted((REPO / "slurm").glob("*.sbatch"))
 END_S = 30
 LONG = 4  # times the small job's records
+WATCHDOG_S = 4
+LEFT_S = 5  # for ranks to end, behind the watchdog
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 
@@ -64,7 +77,7 @@ class Job:
 
 
 def sbatch(mpi: Mpi, job: Path, *options: Any) -> list[Any]:
-    return [mpi.bin_dir / "mpinfer", "sbatch", job, *options, "--time", "10", "--submit"]
+    return [mpi.bin_dir / "mpinfer", "sbatch", job, "--time", "10", *options, "--submit"]
 
 
 def test_batch_script_over_four_nodes_gives_the_results_of_one(
@@ -156,27 +169,43 @@ def test_scripts_to_copy_run_as_they_are(slurm: SlurmLab, tmp_path: Path, script
 class LongJob(Job):
     """A job that requeues itself; many steps of little work: half a minute."""
 
-    def __init__(self, slurm: SlurmLab, mpi: Mpi, tiny: Tiny, directory: Path, *options: Any) -> None:
-        self._journal = directory / "results/journal.jsonl"
-        prompts = tiny.prompts * LONG
-        records = write_jsonl(directory / "records.jsonl", [{"token_ids": prompt} for prompt in prompts])
-        keys = ["parallel.micro_batch=1", "generate.step_tokens=1", f"input.path={records}"]
+    def __init__(
+        self, slurm: SlurmLab, mpi: Mpi, tiny: Tiny, directory: Path, *options: Any, times: int = LONG
+    ) -> None:
+        self.output, self._mpi, self._job = directory / "results", mpi, tiny.job
+        # None comes near a tie: every layout gives the same bytes.
+        sure = [
+            prompt for prompt, made in zip(tiny.prompts, tiny.references, strict=True) if min(made.margins) > NEAR_TIE
+        ]
+        self.total = len(sure) * times
+        self._input = f"input.path={write_jsonl(directory / 'records.jsonl', [{'token_ids': p} for p in sure * times])}"
+        keys = ["parallel.micro_batch=1", "generate.step_tokens=1", self._input]
         overrides = [word for key in keys for word in ("--set", key)]
         nodes = ["--nodes", 2, "--ntasks-per-node", 1, "--requeue", "--output", "results"]
         super().__init__(slurm, directory, sbatch(mpi, tiny.job, *nodes, *overrides, *options))
 
+    def assert_complete(self, kept: int) -> None:
+        """To the byte what an unbroken run gives, each result computed once and those that were kept not again."""
+        assert 0 < kept < self.total
+        assert read_timing(self.output)["records"] <= self.total - kept
+        assert (self.output / "journal.jsonl").read_bytes().count(b"\n") == 1 + self.total
+        unbroken = complete_run(self._mpi, 2, self._job, self.output.with_name("unbroken"), self._input)
+        assert (self.output / "results.jsonl").read_bytes() == (unbroken / "results.jsonl").read_bytes()
+
     @property
     def results(self) -> int:
-        return max(0, self._journal.read_bytes().count(b"\n") - 1) if self._journal.exists() else 0
+        journal = self.output / "journal.jsonl"
+        return max(0, journal.read_bytes().count(b"\n") - 1) if journal.exists() else 0
 
     def disturb(self, command: str) -> None:
         """Run a command in the middle of a run, with the job's number."""
         self.wait_until(lambda: self.results)
         self._slurm.do(*command.format(self.number).split())
 
-    def state(self) -> str:
+    def is_again(self) -> bool:
+        """Whether it was requeued, and has not yet brought new results: ranks take seconds to start."""
         [task] = self._slurm.tasks(self.number)
-        return task["JobState"]
+        return int(task["Restarts"]) > 0 and task["JobState"] in ("PENDING", "RUNNING")
 
     def wait_until(self, condition: Callable[[], Any]) -> None:
         assert eventually(condition, 120), self.log
@@ -189,10 +218,10 @@ def test_broken_job_is_requeued_and_goes_on(
 ) -> None:
     with LongJob(slurm, mpi, tiny, tmp_path) as job:
         job.disturb(command)
-        job.wait_until(lambda: job.state() == "PENDING")
+        job.wait_until(job.is_again)
         kept = job.results
         assert job.exit_codes() == ["0:0"], job.log
-    assert_complete(tmp_path, tiny, kept)
+    job.assert_complete(kept)
     assert ("records done; --resume goes on" in job.log) is ("KILL" not in command)
 
 
@@ -200,10 +229,10 @@ def test_broken_job_is_requeued_and_goes_on(
 def test_warned_mpirun_leaves_in_order(slurm: SlurmLab, mpi: Mpi, tiny: Tiny, tmp_path: Path) -> None:
     with LongJob(slurm, mpi, tiny, tmp_path, "--launcher", "mpirun") as job:
         job.disturb("scancel --batch --signal=USR1 {}")
-        job.wait_until(lambda: job.state() == "PENDING")
+        job.wait_until(job.is_again)
         kept = job.results
         assert job.exit_codes() == ["0:0"], job.log
-    assert_complete(tmp_path, tiny, kept)
+    job.assert_complete(kept)
     assert "records done; --resume goes on" in job.log
 
 
@@ -227,17 +256,45 @@ def test_preempted_job_leaves_in_order_and_goes_on(slurm: SlurmLab, mpi: Mpi, ti
         assert job.exit_codes() == ["0:0"], job.log
         assert int(slurm.tasks(job.number)[0]["Restarts"]) == 1
     print(f"\n{mpi.name}: preempted, the other job through after {ended_s:.1f} s")
-    assert_complete(tmp_path, tiny, kept)
+    job.assert_complete(kept)
     assert "records done; --resume goes on" in job.log
 
 
-def assert_complete(directory: Path, tiny: Tiny, kept: int) -> None:
-    """Every result is right and there once, and those that were kept were not computed again."""
-    total = LONG * len(tiny.prompts)
-    assert 0 < kept < total
-    assert read_timing(directory / "results")["records"] == total - kept
-    assert (directory / "results/journal.jsonl").read_bytes().count(b"\n") == 1 + total
-    assert_token_rule(read_jsonl(directory / "results/results.jsonl"), tiny.references * LONG)
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_job_that_meets_its_time_limit_is_requeued_and_goes_on(
+    slurm: SlurmLab, mpi: Mpi, tiny: Tiny, tmp_path: Path
+) -> None:
+    """Slurm warns some seconds before the end of the minute, as the script asks, and looks at limits every half."""
+    with LongJob(slurm, mpi, tiny, tmp_path, "--time", "1", times=3 * LONG) as job:
+        job.wait_until(lambda: job.results and job.is_again())
+        kept = job.results
+        assert job.exit_codes(timeout_s=400) == ["0:0"], job.log
+        restarts = int(slurm.tasks(job.number)[0]["Restarts"])
+    print(f"\n{mpi.name}: {kept} of {job.total} records within the first limit, {restarts} restarts")
+    assert job.log.count("records done; --resume goes on") == restarts
+    job.assert_complete(kept)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_job_outlives_a_node_that_vanishes(mpi: Mpi, tiny: Tiny, tmp_path: Path) -> None:
+    """With a stage on it. The ranks that are left end by the watchdog; Slurm or the script requeues the job, on other
+    nodes, once Slurm's own timeouts are over."""
+    options = ["--set", "parallel.stages=2", "--set", f"watchdog.timeout_s={WATCHDOG_S}"]
+    with SlurmLab(3) as slurm, LongJob(slurm, mpi, tiny, tmp_path, *options) as job:
+        job.wait_until(lambda: job.results)
+        [lost] = {"node1", "node2"} - {slurm.tasks(job.number)[0]["BatchHost"]}
+        slurm.power_off(lost)
+        begun = time.monotonic()
+        assert eventually(lambda: "nothing has moved" in job.log, WATCHDOG_S + LEFT_S), job.log
+        told_s = time.monotonic() - begun
+        job.wait_until(job.is_again)
+        requeued_s = time.monotonic() - begun
+        kept = job.results
+        assert job.exit_codes() == ["0:0"], job.log
+    print(f"\n{mpi.name}: a node vanished, told after {told_s:.1f} s, the job queued again after {requeued_s:.1f} s")
+    job.assert_complete(kept)
 
 
 @pytest.mark.parametrize("flags", [[], ["--kill-on-bad-exit=1"]], ids=["plain", "kill"])
