@@ -109,15 +109,21 @@ _LAUNCHERS = (
 def read_context(environ: Mapping[str, str] = os.environ) -> LaunchContext:
     """This process's place according to the first launcher of the table that speaks; without one, rank 0 of 1.
 
-    Raises `LaunchError` when a launcher's variable is malformed.
+    Raises `LaunchError` when a launcher's variables are malformed or contradict each other.
     """
     node = socket.gethostname()
     for row in _LAUNCHERS:
         if all(environ.get(name) for name in (row.rank, row.size, row.local_rank)):
+            rank, size = _number(environ, row.rank), _number(environ, row.size)
+            if rank >= size:
+                raise LaunchError(
+                    f"{row.rank}={rank}: must be below {row.size}={size}; unset what does not come from the launcher, "
+                    "or start again with mpirun or srun"
+                )
             return LaunchContext(
                 launcher=row.name,
-                rank=_number(environ, row.rank),
-                size=_number(environ, row.size),
+                rank=rank,
+                size=size,
                 local_rank=_number(environ, row.local_rank),
                 local_size=_local_size(environ, row),
                 node=node,

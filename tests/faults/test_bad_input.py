@@ -34,6 +34,7 @@ class Job:
         self.file, self.model, self.input = root / "job.yaml", root / "model", root / "records.jsonl"
         self.output = root / "out"
         self.options: list[str] = []
+        self.environ: dict[str, str] = {}
         self.meanwhile = ExitStack()  # what goes on during the run
         shutil.copytree(tiny.model, self.model)
         shutil.copy(tiny.records, self.input)
@@ -83,6 +84,7 @@ class Case:
     rule: str
     fix: str
     loads_torch: bool  # whether it takes torch to find out
+    alone: bool  # whether only a run without a launcher can have it: launchers set what it breaks
 
     @property
     def name(self) -> str:
@@ -92,8 +94,10 @@ class Case:
 CASES: list[Case] = []
 
 
-def case(value: str, rule: str, fix: str, loads_torch: bool = False) -> Callable[[Callable[[Job], None]], None]:
-    return lambda break_it: CASES.append(Case(break_it, value, rule, fix, loads_torch))
+def case(
+    value: str, rule: str, fix: str, loads_torch: bool = False, alone: bool = False
+) -> Callable[[Callable[[Job], None]], None]:
+    return lambda break_it: CASES.append(Case(break_it, value, rule, fix, loads_torch, alone))
 
 
 # -- the spec
@@ -320,6 +324,47 @@ def output_in_use(job: Job) -> None:
     job.options = ["--resume"]
 
 
+# -- the environment
+
+OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+STEP = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "1"}
+
+
+@case("OMP_NUM_THREADS=many", "must be a thread count of at least 1", "correct or unset it")
+def threads_in_words(job: Job) -> None:
+    job.environ = {"OMP_NUM_THREADS": "many"}
+
+
+@case("OMP_NUM_THREADS=0", "must be a thread count of at least 1", "correct or unset it")
+def no_threads(job: Job) -> None:
+    job.environ = {"OMP_NUM_THREADS": "0"}
+
+
+@case("OMPI_COMM_WORLD_RANK=first", "a whole number", "unset it", alone=True)
+def rank_in_words(job: Job) -> None:
+    job.environ = OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "first"}
+
+
+@case("Open MPI mpirun started 4 ranks", "a world of 1", "mpiexec of the MPI that mpi4py uses", alone=True)
+def ranks_of_another_launcher(job: Job) -> None:
+    job.environ = OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "4"}
+
+
+@case("SLURM_PROCID=3", "must be below SLURM_STEP_NUM_TASKS=1", "start again with mpirun or srun", alone=True)
+def rank_of_another_world(job: Job) -> None:
+    job.environ = STEP | {"SLURM_PROCID": "3"}
+
+
+@case(r"SLURM_STEP_TASKS_PER_NODE=2\(x", r"ranks per node such as 4 or 2\(x3\),1", "unset it", alone=True)
+def tasks_of_half_a_list(job: Job) -> None:
+    job.environ = STEP | {"SLURM_STEP_TASKS_PER_NODE": "2(x"}
+
+
+@case("transport.progress='library'", "is not set", r"export \w+=1 on all ranks before the launch", loads_torch=True)
+def progress_that_the_library_was_not_told_of(job: Job) -> None:
+    job.options = ["--set", "transport.progress=library"]
+
+
 @pytest.fixture(scope="module")
 def limit_s(tiny: Tiny) -> float:
     """Seconds that an error may take. Not for a disk that reads torch for the first time: that happens here."""
@@ -331,11 +376,11 @@ def limit_s(tiny: Tiny) -> float:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_alone(case: Case, tiny: Tiny, limit_s: float, tmp_path: Path, sample: Callable[[bool], None]) -> None:
-    sample(CASES.index(case) % 4 < 2)
+    sample(case.alone or CASES.index(case) % 4 < 2)
     check(case, MPIS[CASES.index(case) % len(MPIS)], None, tiny, limit_s, tmp_path)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [case for case in CASES if not case.alone], ids=lambda case: case.name)
 def test_in_a_world(case: Case, tiny: Tiny, limit_s: float, tmp_path: Path, sample: Callable[[bool], None]) -> None:
     sample(CASES.index(case) % 4 > 1)
     check(case, MPIS[(CASES.index(case) + 1) % len(MPIS)], 2 if case.loads_torch else 4, tiny, limit_s, tmp_path)
@@ -347,7 +392,7 @@ def check(case: Case, mpi: Mpi, ranks: int | None, tiny: Tiny, limit_s: float, r
     before = contents(job.output)
     with job.meanwhile:
         begun = time.monotonic()
-        run = mpirun(mpi, ranks, ["mpinfer", "run", job.file, *job.options])
+        run = mpirun(mpi, ranks, ["mpinfer", "run", job.file, *job.options], env=job.environ)
         elapsed_s = time.monotonic() - begun
     assert run.returncode == 2, run.stderr
     assert "Traceback" not in run.stderr
