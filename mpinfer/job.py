@@ -140,7 +140,7 @@ def _compute(
         world.endpoint, lambda: build(world.endpoint, layout.plan, device(world, spec), layout.needs_logits)
     )
     load_s = time.perf_counter() - loading
-    steps = time_steps(world, rank)
+    steps = time_steps(world, rank, layout.planned_s)
     watchdog.begin_loop(max(step.seconds for of_rank in steps for step in of_rank))
     if files is not None:
         left = len(files.records) - len(files.journal.done)

@@ -24,6 +24,12 @@ from mpinfer.world import World, check_model_copies
 if TYPE_CHECKING:  # torch loads only once the cheap checks have passed and threads are bound
     from mpinfer.engine import Rank
 
+# Measuring may take this share of what a slow rank alone would compute, within limits: a better plan would save a short
+# run less than it costs.
+_MEASURING_SHARE, _MEASURING_S = 0.05, (0.2, 1.0)
+_SLOW_FLOPS_PER_S, _BYTES_A_TOKEN = 1e10, 4
+_TIMING_SHARE, _TIMING_S = 0.01, (0.05, 0.2)  # the same for each step on loaded stages, of the predicted wall
+
 
 @dataclass(frozen=True)
 class Expected:
@@ -105,14 +111,15 @@ def lay_out(world: World, spec: JobSpec, look: FirstLook | None) -> Layout:
     known: tuple[Estimator, ModelSummary] | None = None
     basis: Basis | None = None
 
-    def sample() -> None:
-        """What rank 0 finds out alone, while no other rank disturbs its timings."""
+    def sample() -> float:
+        """What rank 0 finds out alone, while no other rank disturbs its timings. Returns how long ranks measure."""
         nonlocal known
         assert look is not None
         known = engine.estimator(look.records, look.needs_logits), engine.summary()
+        return _within(_MEASURING_S, _MEASURING_SHARE * _slowly_s(look, known[1]))
 
-    agree(world.endpoint, sample)
-    own = everywhere(world.endpoint, lambda: engine.measure(device(world, spec)))
+    measuring_s = agree(world.endpoint, sample)
+    own = everywhere(world.endpoint, lambda: engine.measure(device(world, spec), measuring_s))
     measured = world.endpoint.all_gather([_crowd(world), own])
 
     def plan_it() -> dict[str, Any]:
@@ -140,9 +147,22 @@ def lay_out(world: World, spec: JobSpec, look: FirstLook | None) -> Layout:
     return Layout(engine, plan, told["needs_logits"], answer["wall_s"], basis)
 
 
-def time_steps(world: World, rank: "Rank") -> list[list[Timed]]:
-    """Steps that every rank has timed on its stage, by rank."""
-    own = everywhere(world.endpoint, rank.timed_steps)
+def _slowly_s(look: FirstLook, model: ModelSummary) -> float:
+    """Seconds that a slow rank alone would compute."""
+    row_cost = sum(block.cost_per_token for block in model.blocks)
+    if not model.decodes:
+        return look.size["records"] * row_cost
+    tokens = look.size["record_bytes"] / _BYTES_A_TOKEN + look.size["new_tokens"]
+    return tokens * row_cost / _SLOW_FLOPS_PER_S
+
+
+def _within(limits: tuple[float, float], value: float) -> float:
+    return min(max(value, limits[0]), limits[1])
+
+
+def time_steps(world: World, rank: "Rank", planned_s: float) -> list[list[Timed]]:
+    """Steps that every rank has timed on its stage, by rank; the run is planned to take so long."""
+    own = everywhere(world.endpoint, lambda: rank.timed_steps(_within(_TIMING_S, _TIMING_SHARE * planned_s)))
     timed = world.endpoint.all_gather([[asdict(step.demand), step.seconds / _crowd(world)] for step in own])
     return [[Timed(Demand(**demand), seconds) for demand, seconds in steps] for steps in timed]
 

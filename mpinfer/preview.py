@@ -17,6 +17,8 @@ from mpinfer.records.inputs import Input, input_format, open_input
 from mpinfer.records.rules import RecordRules
 from mpinfer.spec import AUTO, InputFormat, JobSpec, load_spec
 
+_MEASURING_S = 1.0  # of the work of a model on this machine
+
 
 @dataclass(frozen=True)
 class FirstLook:
@@ -105,6 +107,6 @@ def plan_on(look: FirstLook, machine: Machine) -> tuple[Choice, ModelSummary]:
     if machine.hardware is not None and model.decodes:
         rates = reckoned(model, machine.hardware)
     else:
-        rates, _ = engine.rates([(1.0, engine.measure("cpu"))])
+        rates, _ = engine.rates([(1.0, engine.measure("cpu", _MEASURING_S))])
     records = len(look.records)
     return make_plan(spec.parallel, model, machine, rates, estimator, records, engine.kv_cache_bytes), model

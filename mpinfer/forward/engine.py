@@ -47,9 +47,9 @@ class ForwardEngine:
         self._prepare_s = estimator.prepare_s
         return estimator
 
-    def measure(self, device: str) -> Any:
-        """Seconds of a piece of the model's work on this rank, at best and in the mean."""
-        return self._skeleton.probe()
+    def measure(self, device: str, least_s: float) -> Any:
+        """Seconds of a piece of the model's work on this rank, at best and in the mean over so many seconds."""
+        return self._skeleton.probe(least_s)
 
     def rates(self, measured: Sequence[tuple[float, Any]]) -> tuple[Rates, list[float]]:
         """Of the operations that rank 0 has timed, and every rank's speed beside that, by what each has measured and

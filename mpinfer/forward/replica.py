@@ -54,12 +54,12 @@ class ForwardRank:
         self._inbox: Inbox = self._make_inbox()
         self._worker = Worker(self._inbox, self._stage, self._make_outbox(), self._account)
 
-    def timed_steps(self) -> list[Timed]:
-        """A full micro-batch, timed on this stage. Also its warm-up; leaves no trace."""
+    def timed_steps(self, least_s: float) -> list[Timed]:
+        """A full micro-batch, timed on this stage for so many seconds. Also its warm-up; leaves no trace."""
         start, _ = self._layout.blocks_of(self.coordinates.stage)
         rows = self._layout.micro_batch
         message = Message(np.zeros(1, dtype=np.int32), tuple(self._skeleton.example(start, rows, self._divided)))
-        return [Timed(Demand(rows), steady_s(lambda: self._stage.forward(message), self._agree))]
+        return [Timed(Demand(rows), steady_s(lambda: self._stage.forward(message), least_s, self._agree))]
 
     def run(self) -> None:
         """The loop, until the stream of batches ends."""

@@ -41,11 +41,11 @@ class DecodeEngine:
 
         return DecodeEstimator(self._spec, self._skeleton, records, needs_logits)
 
-    def measure(self, device: str) -> Any:
-        """What work costs on this rank; JSON-able. Raises `ModelError`."""
+    def measure(self, device: str, least_s: float) -> Any:
+        """What work costs on this rank, in the mean over so many seconds; JSON-able. Raises `ModelError`."""
         from mpinfer.generate.measure import measure
 
-        return measure(self._skeleton, self.summary(), self._spec.generate.step_tokens, device).to_dict()
+        return measure(self._skeleton, self.summary(), self._spec.generate.step_tokens, device, least_s).to_dict()
 
     def rates(self, measured: Sequence[tuple[float, Any]]) -> tuple[Rates, list[float]]:
         """Of what all ranks have measured, and how many shared a core meanwhile: the rates of those like the one in the

@@ -27,14 +27,15 @@ _SIZES = (1, 4, 16, 32, 64)  # rows of decode steps, and samples
 _LAYERS = 2  # that are timed together, against one alone: the difference is a layer without what a step costs
 _NEAR, _FAR = 128, 640  # tokens of context
 _FAR_ROWS = 16
-_LEAST_S, _LEAST_ROUNDS = 1.0, 2
+_LEAST_ROUNDS = 2
 _CACHE_BYTES = 2**27  # more than the last level of most CPUs holds
 _PRODUCTS = (nn.Linear, PackedLinear, Int8Linear)
 _VOCABULARY = 16384  # tokens of the output embedding that are timed; it costs in proportion
 
 
-def measure(skeleton: DecoderSkeleton, model: ModelSummary, step_tokens: int, device: str) -> Rates:
-    """Seconds for each unit of the blocks' costs. `skeleton` is not used up. Raises `ModelError`."""
+def measure(skeleton: DecoderSkeleton, model: ModelSummary, step_tokens: int, device: str, least_s: float) -> Rates:
+    """Seconds for each unit of the blocks' costs, in the mean over `least_s`. `skeleton` is not used up. Raises
+    `ModelError`."""
     layers = min(_LAYERS, len(skeleton.layers))
     capacity = min(skeleton.max_length, 2 * _FAR + step_tokens)
     parts = (_part(skeleton, 1, 1 + count, device) for count in (1, layers))
@@ -58,7 +59,7 @@ def measure(skeleton: DecoderSkeleton, model: ModelSummary, step_tokens: int, de
     vocabulary = range(min(skeleton.vocabulary, _VOCABULARY))
     if head:
         work |= {("samples", size): run for size, run in _readouts(skeleton, vocabulary, device).items()}
-    seconds = _in_rounds(work, min(_CACHE_BYTES, model.weight_bytes))
+    seconds = _in_rounds(work, min(_CACHE_BYTES, model.weight_bytes), least_s)
 
     # What attention takes of a step is counted by itself.
     kv_bytes = max(1, model.blocks[1].kv_bytes_per_token)
@@ -88,7 +89,7 @@ def measure(skeleton: DecoderSkeleton, model: ModelSummary, step_tokens: int, de
     )
 
 
-def _in_rounds(work: Mapping[Any, Callable[[], object]], forget_bytes: int) -> dict[Any, float]:
+def _in_rounds(work: Mapping[Any, Callable[[], object]], forget_bytes: int, least_s: float) -> dict[Any, float]:
     """Seconds of each, in the mean over rounds in which all have their turn: so does a rank that is made to pause
     (by a quota, or by a neighbour on its core) spread its pauses over all, by what they take.
 
@@ -99,7 +100,7 @@ def _in_rounds(work: Mapping[Any, Callable[[], object]], forget_bytes: int) -> d
         run()
     totals = dict.fromkeys(work, 0.0)
     started, rounds = time.perf_counter(), 0
-    while rounds < _LEAST_ROUNDS or time.perf_counter() - started < _LEAST_S:
+    while rounds < _LEAST_ROUNDS or time.perf_counter() - started < least_s:
         for key, run in work.items():
             others.sum()
             begun = time.perf_counter()

@@ -91,15 +91,16 @@ class DecodeRank:
         self._stage = DecodeStage(self._part, cache, on_the_way, self._halving, with_hidden=number == 0)
         self._worker = Worker(self._inbox, self._stage, outbox, self._account)
 
-    def timed_steps(self) -> list[Timed]:
-        """A full prefill step and decode steps, timed on this stage. Also its warm-up; leaves no trace."""
+    def timed_steps(self, least_s: float) -> list[Timed]:
+        """A full prefill step and decode steps, timed on this stage for so many seconds each. Also its warm-up; leaves
+        no trace."""
         slots, most = self._layout.micro_batch, self._max_length
         decoding = [decode_segments(rows, _TYPICAL_LENGTH, most) for rows in {-(-slots // 2), slots}]
         begun = decode_segments(slots // 2, _TYPICAL_LENGTH, most)  # others are decoded in a step that takes prompts in
         prompts = prompt_segments(self._step_tokens - len(begun), range(len(begun), slots), min(_TYPICAL_LENGTH, most))
-        return [self._timed(segments) for segments in (*decoding, [*begun, *prompts])]
+        return [self._timed(segments, least_s) for segments in (*decoding, [*begun, *prompts])]
 
-    def _timed(self, segments: list[Segment]) -> Timed:
+    def _timed(self, segments: list[Segment], least_s: float) -> Timed:
         tokens, samples = (0,) * sum(s.length for s in segments), sum(s.samples for s in segments)
         step = Step(tuple(segments), tokens, (0,) * min(samples, self._targets))
         message = encode_step(step)
@@ -111,7 +112,7 @@ class DecodeRank:
             self._stage.forward(message)
             self._readout.reduce(hidden, (0,) * samples)
 
-        return Timed(demand(step), steady_s(run, self._agree))
+        return Timed(demand(step), steady_s(run, least_s, self._agree))
 
     def run(self) -> None:
         """The loop, until the stream of steps ends."""

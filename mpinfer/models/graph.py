@@ -156,11 +156,11 @@ class GraphSkeleton:
         sizes = sorted(self._profiles)
         return Rates(Curve(tuple(map(float, sizes)), tuple(n * self._record_s(n) / unit for n in sizes)), ZERO, ZERO)
 
-    def probe(self) -> tuple[float, float]:
-        """Seconds of a fixed piece of the model's work on this rank, at best and in the mean."""
+    def probe(self, least_s: float) -> tuple[float, float]:
+        """Seconds of a fixed piece of the model's work on this rank, at best and in the mean over `least_s`."""
         if self._built.program is None:
             return 1.0, 1.0
-        return probe(self._cutter.operations, self._symbols(self.fixed_batch or MICRO_BATCH))
+        return probe(self._cutter.operations, self._symbols(self.fixed_batch or MICRO_BATCH), least_s)
 
     def capacity(self, block: int, batch: int, divided: bool = False) -> tuple[int, list[int]]:
         """Of a message that crosses into a block: the sum of its values' dimensions, and the most bytes of each.

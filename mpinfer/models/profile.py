@@ -17,7 +17,7 @@ from mpinfer.models.cut import concrete, size_bytes
 
 _REPEATS = 2
 _BUDGET_S = 2.0  # for all operations; what is not timed is estimated from the rate of the others
-_PROBED, _PROBE_S = 5, 0.6  # operations of a probe, and how long it lasts
+_PROBED = 5  # operations of a probe
 _FLOPS_PER_BYTE = 8.0  # what a byte costs in the estimate
 
 
@@ -47,8 +47,8 @@ def operation_seconds(graph: fx.Graph, operations: Sequence[fx.Node], symbols: M
 
 
 @torch.inference_mode()
-def probe(operations: Sequence[fx.Node], symbols: Mapping[Any, int]) -> tuple[float, float]:
-    """Seconds of the few costliest operations together: at best, and in the mean of steady work.
+def probe(operations: Sequence[fx.Node], symbols: Mapping[Any, int], least_s: float) -> tuple[float, float]:
+    """Seconds of the few costliest operations together: at best, and in the mean of steady work of `least_s`.
 
     The first tells ranks' speeds apart; the second also shows a rank that is made to pause.
     """
@@ -56,7 +56,7 @@ def probe(operations: Sequence[fx.Node], symbols: Mapping[Any, int]) -> tuple[fl
     timed = [_timed(node, symbols) for node in costliest]
     best = {call: seconds for seconds, call in timed if seconds is not None and call is not None}
     started, rounds = time.perf_counter(), 0
-    while rounds == 0 or time.perf_counter() - started < _PROBE_S:
+    while rounds == 0 or time.perf_counter() - started < least_s:
         for call in best:
             call()
         rounds += 1
