@@ -48,5 +48,7 @@ def test_commands_that_take_minutes_work_in_a_fresh_checkout(tmp_path: Path) -> 
         shutil.copy2(REPO / name, tmp_path / name)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     for command in (command for command, why in NOT_RUN.items() if why == SLOW):
+        if "make_venv.sh" in command:  # which leaves alone what an earlier command has made
+            shutil.rmtree(tmp_path / ".venv")
         ran = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert ran.returncode == 0, f"{command}\n{ran.stdout}\n{ran.stderr}"

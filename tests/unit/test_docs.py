@@ -31,13 +31,12 @@ def test_links_lead_somewhere(document: str) -> None:
     assert not broken
 
 
-def test_readme_names_files_that_exist() -> None:
-    """Its paths in code are of this repository, of the quickstart's outputs, or of its environment."""
+@pytest.mark.parametrize("document", sorted({*DOCUMENTS} - {"CHANGELOG.md"}))
+def test_files_of_the_repository_that_are_named_exist(document: str) -> None:
     named = re.findall(
-        r"(?:launch|jobs|docs|tests|mpinfer)/[\w./-]+\.(?:sh|yaml|jsonl|md|py|txt)",
-        (REPO / "README.md").read_text(encoding="utf-8"),
+        r"(?<![\w/.])(?:benchmarks|launch|jobs|docs|slurm|tests|mpinfer)/[\w./-]+\.(?:sh|yaml|jsonl|md|py|txt)",
+        (REPO / document).read_text(encoding="utf-8"),
     )
-    assert named
     assert not [path for path in named if not (REPO / path).exists()]
 
 
