@@ -148,7 +148,7 @@ class ParallelSpec:
         minimum=1,
         about=(
             "Tensor-parallel slices of a stage, on one node; at most as many as there are heads (of keys and values)."
-            " What of a model is divided: README, Limits."
+            " What of a model is divided: [limits](limits.md#models)."
         ),
     )
     micro_batch: int | Auto = rule(
@@ -209,7 +209,7 @@ class SamplingSpec:
         1.0,
         minimum=0,
         maximum=1,
-        about="Sample from the fewest best tokens that together are this probable.",
+        about="Sample from the fewest best tokens that together are this probable; above 0.",
     )
     min_p: float = rule(
         0.0,

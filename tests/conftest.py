@@ -1,6 +1,7 @@
 """Options, markers, and the fixtures that the tests with MPI share: environments, a small model, its runs."""
 
 import functools
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from harness import (
 )
 
 VOCABULARY = 256
+CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
 _WITH_MPI = ("mpi", "faults")  # directories
 
 
@@ -79,6 +81,22 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 @pytest.fixture(scope="session")
 def tiny_untied(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return build_tiny(tmp_path_factory.mktemp("tiny-untied"), tied=False)
+
+
+@pytest.fixture(scope="session")
+def chatty(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model with a tokenizer of bytes and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    directory = tmp_path_factory.mktemp("chatty") / "chatty"
+    shutil.copytree(tiny.model, directory)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={byte: id for id, byte in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE).save_pretrained(directory)
+    return directory
 
 
 @pytest.fixture(scope="session")

@@ -265,4 +265,5 @@ _MAKERS: dict[str, Callable[[Job, Path], None]] = {
     "forward_unet": _make_forward_unet,
     "forward_program": _make_forward_program,
 }
-STORIES = tuple(_REFERENCES)
+STORIES = tuple(_REFERENCES)  # that tests/mpi/test_story_layouts.py runs
+DECODER_JOBS = ("quickstart",)  # that tests/mpi/test_smollm2.py runs

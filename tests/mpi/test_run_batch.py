@@ -8,25 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Mpi, Tiny, mpirun, read_jsonl, write_jsonl
-
-TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
-
-
-@pytest.fixture(scope="session")
-def chatty(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small model with a tokenizer of bytes and a chat template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    directory = tmp_path_factory.mktemp("chatty") / "chatty"
-    shutil.copytree(tiny.model, directory)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={byte: id for id, byte in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE).save_pretrained(directory)
-    return directory
+from harness import Mpi, mpirun, read_jsonl, write_jsonl
 
 
 def chat(name: str, **body: Any) -> dict[str, Any]:

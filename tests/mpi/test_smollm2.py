@@ -18,9 +18,11 @@ from harness import (
     read_jsonl,
     write_jsonl,
 )
+from stories import DECODER_JOBS
+
+from mpinfer.spec import load_spec
 
 MODEL_VARIABLE, REFERENCE_VARIABLE = "MPINFER_SMOLLM2", "MPINFER_REFERENCE"
-PROMPTS = REPO / "jobs" / "data" / "prompts.jsonl"
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +50,9 @@ def refer(smollm2: Path) -> Callable[..., tuple[Path, list[Reference], list[str]
             return tokenizer.apply_chat_template(record["messages"], add_generation_prompt=True, return_dict=False)
         return tokenizer(record["prompt"]).input_ids
 
-    def refer(source: Path, count: int, new_tokens: int, directory: Path) -> tuple[Path, list[Reference], list[str]]:
+    def refer(
+        source: Path, count: int | None, new_tokens: int, directory: Path
+    ) -> tuple[Path, list[Reference], list[str]]:
         records = read_jsonl(source)[:count]
         write_jsonl(directory / "records.jsonl", records)
         job = directory / "job.yaml"
@@ -75,11 +79,17 @@ def assert_equal(output: Path, references: list[Reference], texts: list[str]) ->
             assert result["output"]["text"] == text
 
 
-def test_two_stages(one_mpi: Mpi, refer: Callable[..., Any], tmp_path: Path) -> None:
-    if not PROMPTS.is_file():
-        pytest.skip("no jobs/data/prompts.jsonl")
-    job, references, texts = refer(PROMPTS, 8, 16, tmp_path)
-    assert_equal(complete_run(one_mpi, 2, job, tmp_path / "out", "parallel.stages=2"), references, texts)
+@pytest.mark.parametrize("name", DECODER_JOBS)
+def test_the_jobs_of_the_repository(
+    one_mpi: Mpi, smollm2: Path, refer: Callable[..., Any], name: str, tmp_path: Path
+) -> None:
+    """With fewer tokens."""
+    job = load_spec(REPO / "jobs" / f"{name}.yaml")
+    _, references, texts = refer(REPO / job.input.path, None, 8, tmp_path)
+    overrides = (f"model.path={smollm2}", "generate.max_new_tokens=8")
+    ranks = job.parallel.replicas * job.parallel.stages
+    output = complete_run(one_mpi, ranks, REPO / "jobs" / f"{name}.yaml", tmp_path / "out", *overrides, cwd=REPO)
+    assert_equal(output, references, texts)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,18 @@ import os
 import numpy as np
 import pytest
 import torch
-from stories import REPO, STORIES, load_image, load_job, load_module, missing, named, reference, small_story
+from stories import (
+    DECODER_JOBS,
+    REPO,
+    STORIES,
+    load_image,
+    load_job,
+    load_module,
+    missing,
+    named,
+    reference,
+    small_story,
+)
 
 from jobs import make_fields, make_program, speaker, unet
 from mpinfer.errors import RecordError
@@ -24,6 +35,10 @@ def fetched(story):
             pytest.fail(message)
         pytest.skip(message)
     return load_job(story)
+
+
+def test_every_job_is_run_by_a_test():
+    assert {path.stem for path in (REPO / "jobs").glob("*.yaml")} == {*STORIES, *DECODER_JOBS}
 
 
 @pytest.fixture(scope="module")
