@@ -32,6 +32,7 @@ from mpinfer.preview import FirstLook
 from mpinfer.records.files import make_directory, output_errors, read_manifest, write_atomically
 from mpinfer.spec import FAKE, load_spec
 
+RUNS = "runs"
 EXCLUDED = "start-up, measuring ranks and links, loading, and the steps that each stage times as its warm-up"
 
 
@@ -48,6 +49,11 @@ class Experiment:
     reference: str | None  # a strategy; None: the first that completes
     weak: bool
     output: Path
+
+    @property
+    def runs(self) -> Path:
+        """Directory of the outputs of runs, and of what they printed."""
+        return self.output / RUNS
 
     def __post_init__(self) -> None:
         names = [strategy.name for strategy in self.strategies]
@@ -108,16 +114,17 @@ def _cells(experiment: Experiment, records: int) -> Iterator[Cell]:
 
 
 def _prepare(output: Path) -> None:
+    """Make the directory of a laboratory, for which there must be none."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise OutputError(f"{output}: is there already, and not empty; give another --output, or remove it")
     with output_errors(output):
-        make_directory(output)
+        make_directory(output / RUNS)
 
 
 def _run(experiment: Experiment, cell: Cell, number: int, start: Start) -> None:
     """One world; a failure is the cell's problem, and no reason to stop."""
     name = f"{cell.strategy} on {cell.ranks} rank{'s' * (cell.ranks > 1)}"
-    directory = experiment.output / f"{cell.strategy}-{cell.ranks}-{number + 1}"
+    directory = experiment.runs / f"{cell.strategy}-{cell.ranks}-{number + 1}"
     try:
         start(cell.ranks, cell.overrides, directory)
         cell.runs.append({"round": number + 1, "directory": str(directory), **_figures(directory)})
@@ -183,7 +190,7 @@ def _judge(experiment: Experiment, look: FirstLook, cells: Sequence[Cell], start
     complete = [cell for cell in cells if cell.is_complete]
     for name in wanted:
         if own := [cell for cell in complete if cell.strategy == name]:
-            judge = Judge(look, max(own, key=lambda cell: cell.own.runs[0]["records"]), experiment.output, start)
+            judge = Judge(look, max(own, key=lambda cell: cell.own.runs[0]["records"]), experiment.runs, start)
             for cell in complete:
                 judge.look_at(cell)
             judge.score(complete)
