@@ -11,7 +11,7 @@ Or, for comparison, each replica has its even share of the records from the star
 """
 
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
@@ -57,10 +57,10 @@ def costliest_first(costs: Sequence[float], pending: Collection[int]) -> Iterato
     return map(int, indices[np.argsort(-own, kind="stable")])
 
 
-def even_shares(pending: Sequence[int], leaders: Collection[int]) -> dict[int, deque[int]]:
+def even_shares(records: int, leaders: Collection[int]) -> dict[int, range]:
     """As many records for each leader as for any other, one more or less, in their order."""
-    cuts = [len(pending) * number // len(leaders) for number in range(len(leaders) + 1)]
-    return {leader: deque(pending[a:b]) for leader, (a, b) in zip(leaders, pairwise(cuts), strict=True)}
+    cuts = [records * number // len(leaders) for number in range(len(leaders) + 1)]
+    return {leader: range(*cut) for leader, cut in zip(leaders, pairwise(cuts), strict=True)}
 
 
 class Coordinator:
@@ -91,7 +91,8 @@ class Coordinator:
             self._missing += 1
             self._unfinished_cost += costs[index]
         self._static = static
-        self._own = even_shares(pending, speeds) if static else {}  # by leader: records that are for nobody else
+        self._pending = pending
+        self._own = even_shares(len(pending), speeds) if static else {}  # by leader: places in it, for nobody else
         self._order = iter(()) if static else costliest_first(costs, pending)
         self._next = next(self._order, None)  # record to hand out to anybody; None when all are
         self._replicas = {leader: Replica(leader, speed) for leader, speed in speeds.items()}
@@ -136,7 +137,8 @@ class Coordinator:
         for index in unsent:
             del self._announced[index]
             self._unfinished_cost += self._costs[index]
-        again = sorted([*again, *unsent, *self._own.pop(leader, ())], key=lambda index: -self._costs[index])
+        own = [self._pending[place] for place in self._own.pop(leader, ())]
+        again = sorted([*again, *unsent, *own], key=lambda index: -self._costs[index])
         rest = [] if self._next is None else [self._next]
         if (again or rest) and not self._replicas.keys() - self._dismissed:
             raise WorldLostError(f"{len(again) + len(rest)} or more records are left, and no replica to compute them")
@@ -251,7 +253,8 @@ class Coordinator:
         """The next pending records, but no more than make up the replica's share of all that is unfinished, to the
         nearest record: what it holds already counts, so that none hoards what another could do."""
         if own := self._own.get(replica.leader):
-            return [own.popleft() for _ in range(min(replica.wanted, len(own)))]
+            self._own[replica.leader] = own[replica.wanted :]
+            return [self._pending[place] for place in own[: replica.wanted]]
         room = self._unfinished_cost * replica.speed(self._scale) / self._speed - replica.held_cost
         batch: list[int] = []
         while self._next is not None and len(batch) < replica.wanted:

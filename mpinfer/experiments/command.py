@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from argparse import Namespace
@@ -31,6 +32,7 @@ def bench(arguments: Namespace) -> ExitCode:
         )
     experiment = experiment_of(arguments)
     hosts = [host for host in arguments.hosts.split(",") if host]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's: as Ctrl-C
     return run_laboratory(experiment, starter(find_launcher(os.environ), arguments.job, hosts))
 
 

@@ -64,19 +64,16 @@ class DecoderSkeleton:
         self.directory = directory
         self._quantize = quantize
         self.dtype: torch.dtype = getattr(torch, dtype)
+        self.checkpoint = Checkpoint.of(directory, {}) if weights == FAKE else Checkpoint(directory)
         self.config = _load_config(directory)
         self.model = _build_without_weights(self.config, self.dtype)
         self.base = self.model.base_model
         self.final_size: int = self.model.get_output_embeddings().in_features  # of final hidden states
         self._before, self._layers_name, self._after = _pipeline_plan(self.base, self.config)
         names = [name for name, _ in _named_tensors(self.model)]
-        self._sources: dict[str, Source]
-        if weights == FAKE:
-            self.checkpoint = Checkpoint.of(directory, {})
-            self._sources = fake_sources(self.model, names)
-        else:
-            self.checkpoint = Checkpoint(directory)
-            self._sources = find_sources(self.model, names, self.checkpoint)
+        self._sources: dict[str, Source] = (
+            fake_sources(self.model, names) if weights == FAKE else find_sources(self.model, names, self.checkpoint)
+        )
 
     def summary(self, with_head: bool) -> ModelSummary:
         """Blocks with their weights and costs, for the planner; without the output embedding when no task needs it."""
