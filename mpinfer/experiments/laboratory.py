@@ -9,7 +9,8 @@
 - `rows`: one for each strategy on each number of ranks, flat, in the order of the table; see `_row`
 - `runs`: one for each world that was started: `strategy`, `ranks`, `round`, `directory`, and the figures of the run
 
-Figures of a row are medians over its runs. A row whose `status` is not `complete` has none, but a `problem`.
+Figures of a row are medians over its runs. A row whose `status` is not `complete` has none, but a `problem`: `failed`
+ran and did not complete, `skipped` was not started.
 """
 
 import json
@@ -46,7 +47,7 @@ class Experiment:
     strategies: tuple[Strategy, ...]
     ranks: tuple[int, ...]
     repeats: int
-    reference: str | None  # a strategy; None: the first that completes
+    reference: str | None  # a strategy; None, or if it does not complete: the first that does
     weak: bool
     output: Path
 
@@ -186,7 +187,7 @@ def _cores(ranks: Sequence[dict[str, Any]]) -> int:
 def _judge(experiment: Experiment, look: FirstLook, cells: Sequence[Cell], start: Start | None) -> Judge | None:
     """Outputs beside the reference's; None where nothing completed. Without `start` nothing more is run for it."""
     names = [strategy.name for strategy in experiment.strategies]
-    wanted = names if experiment.reference is None else [experiment.reference]
+    wanted = names if experiment.reference is None else [experiment.reference, *names]
     complete = [cell for cell in cells if cell.is_complete]
     for name in wanted:
         if own := [cell for cell in complete if cell.strategy == name]:
@@ -206,7 +207,7 @@ def _save(experiment: Experiment, cells: Sequence[Cell], judge: Judge | None) ->
         for run in cell.runs
     ]
     first = next((cell for cell in cells if cell.is_complete), None)
-    facts: dict[str, Any] = first.own.runs[0] if first else {"versions": {}, "hosts": 1}
+    versions = first.own.runs[0]["versions"] if first else {}
     spec = load_spec(experiment.job, experiment.overrides)
     reference = judge.reference if judge is not None else first
     report = {
@@ -218,7 +219,7 @@ def _save(experiment: Experiment, cells: Sequence[Cell], judge: Judge | None) ->
         "reference": reference.strategy if reference else None,
         "fake_weights": spec.model.weights == FAKE,
         "excluded": EXCLUDED,
-        "machine": {**machine_facts(), "hosts": facts["hosts"], **facts["versions"]},
+        "machine": {**machine_facts(), "hosts": max((run["hosts"] for run in runs), default=1), **versions},
         "bounds": {"error": ERROR_BOUND[spec.model.dtype], "tie": TIE_BOUND[spec.model.dtype]},
         "rows": [_row(cell, reference, cells, judge) for cell in cells],
         "runs": runs,
@@ -236,8 +237,8 @@ def _row(cell: Cell, reference: Cell | None, cells: Sequence[Cell], judge: Judge
     """
     row: dict[str, Any] = {"strategy": cell.strategy, "ranks": cell.ranks}
     if not cell.is_complete:
-        status = "failed" if cell.spec and cell.problem else "skipped"
-        return {**row, "status": status, "problem": cell.own.problem or "has not run"}
+        problem = cell.own.problem
+        return {**row, "status": "failed" if cell.spec and problem else "skipped", "problem": problem or "has not run"}
     runs = cell.own.runs
     row |= {"status": "complete", "problem": cell.own.problem, "runs": len(runs)}
     row["same_runs_as"] = cell.twin.strategy if cell.twin else None

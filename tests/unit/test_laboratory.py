@@ -293,7 +293,7 @@ def test_what_fails_or_does_not_fit_is_a_row(bench: Bench, capsys: pytest.Captur
         return 8.0
 
     bench.seconds = seconds
-    assert bench.run("tensor", "data", "hybrid", repeats=2) is ExitCode.COMPLETE
+    assert bench.run("tensor", "data", "hybrid", repeats=2, reference="tensor") is ExitCode.COMPLETE
     assert bench.report["reference"] == "data"  # the first that completes
     assert bench.row("tensor")["status"] == "failed"
     assert bench.row("hybrid")["problem"] == "needs 4 ranks or more"
@@ -308,6 +308,7 @@ def test_a_strategy_whose_settings_clash_with_the_job_is_a_row(bench: Bench) -> 
     tree["model"]["dtype"] = "bfloat16"
     (bench.root / "job.yaml").write_text(yaml.safe_dump(tree))
     assert bench.run("data", "int8") is ExitCode.COMPLETE
+    assert bench.row("int8")["status"] == "skipped"
     assert bench.row("int8")["problem"].startswith("model.dtype='bfloat16': model.quantize=int8 computes in float32")
 
 
@@ -320,7 +321,7 @@ def test_equal_settings_share_their_runs(bench: Bench) -> None:
 
 def test_nothing_that_completes_is_bad_input(bench: Bench) -> None:
     bench.outputs = lambda spec, ranks: (_ for _ in ()).throw(RunFailed("no"))
-    assert bench.run("data", "static") is ExitCode.BAD_INPUT
+    assert bench.run("data", "dynamic", "static") is ExitCode.BAD_INPUT
     assert {row["status"] for row in bench.report["rows"]} == {"failed"}
 
 
