@@ -11,8 +11,10 @@ import pytest
 import yaml
 
 from mpinfer.cli import main
+from mpinfer.cluster.launch import Launcher
 from mpinfer.errors import ExitCode, OutputError, SpecError
 from mpinfer.experiments.cell import RunFailed
+from mpinfer.experiments.command import starter
 from mpinfer.experiments.comparison import compare, perplexity
 from mpinfer.experiments.laboratory import Experiment, run_laboratory
 from mpinfer.experiments.strategies import STRATEGIES, Strategy, load_matrix, named
@@ -432,3 +434,26 @@ def test_a_world_cannot_start_worlds(
         monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", value)
     assert main(["bench", str(bench.root / "job.yaml"), "-n", "2"]) == 2
     assert "bench: Open MPI mpirun has started it on 2 ranks, but it starts worlds itself" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("prints", "problem"),
+    [
+        ("[vm] mpinfer: error: parallel.shards=9: too many; use 1", "^parallel.shards=9: too many; use 1$"),
+        ("mpinfer: fatal on rank 1: no memory", "^on rank 1: no memory$"),
+        ("Segmentation fault", r"^ended with exit code 3; .*/runs/data-2-1.log has what it printed$"),
+    ],
+)
+def test_a_run_that_fails_says_why(tmp_path: Path, prints: str, problem: str) -> None:
+    launcher = tmp_path / "mpiexec"
+    launcher.write_text(f"#!/bin/sh\nprintf '%s\\n' \"$*\"\necho '{prints}' >&2\nexit 3\n")
+    launcher.chmod(0o755)
+    (tmp_path / "runs").mkdir()
+    directory = tmp_path / "runs/data-2-1"
+    start = starter(Launcher(str(launcher), "mpich"), "job.yaml", ["a", "b"])
+    with pytest.raises(RunFailed, match=problem):
+        start(2, ["parallel.replicas=2"], directory)
+    arguments = (tmp_path / "runs/data-2-1.log").read_text().splitlines()[0]
+    assert arguments.startswith("-n 2 ")
+    assert "-hosts a,b" in arguments
+    assert arguments.endswith(f"run job.yaml --output {directory} --set parallel.replicas=2")
