@@ -111,10 +111,10 @@ def _notes(report: dict[str, Any]) -> list[str]:
     notes = []
     if base is not None:
         records = f"{base['records']} records" if report["scaling"] == "strong" else "as many records for each rank"
-        noun = "rank" if base["ranks"] == 1 else "ranks"
+        rounds = "one round" if report["repeats"] == 1 else f"medians of {report['repeats']} interleaved rounds"
         notes.append(
-            f"{report['scaling']} scaling, {records}, medians of {report['repeats']} interleaved rounds; speed-up in "
-            f"records/s over {base['strategy']} on {base['ranks']} {noun} ({_count(base['cores'], 'core')})"
+            f"{report['scaling']} scaling, {records}, {rounds}; speed-up in "
+            f"records/s over {base['strategy']} on {_count(base['ranks'], 'rank')} ({_count(base['cores'], 'core')})"
         )
         notes.append(f"no figure but load has in it: {report['excluded']}")
         crowded = sorted({row["ranks"] for row in rows if row["ranks"] > row["cores"]})
