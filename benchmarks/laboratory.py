@@ -54,7 +54,7 @@ def main() -> None:
     every = ["--strategies", options.strategies, *common]
     tables = {
         "SmolLM2-135M: 32 prompts, at most 32 new tokens": bench("smollm2", "jobs/quickstart.yaml", *every),
-        "EfficientNet-Lite0: photographs": bench(
+        f"EfficientNet-Lite0: {options.photographs} photographs, of 4": bench(
             "efficientnet", "jobs/classify_images.yaml", "--set", f"input.path={photographs}", *every
         ),
         "SmolLM2-135M, weak scaling": bench("weak", "jobs/quickstart.yaml", "--strategies", WEAK, *common, "--weak"),
