@@ -70,7 +70,7 @@ def run_laboratory(experiment: Experiment, start: Start) -> ExitCode:
     look = FirstLook.at(load_spec(experiment.job, experiment.overrides))
     cells = list(_cells(experiment, len(look.records)))
     _prepare(experiment.output)
-    code = ExitCode.COMPLETE
+    interrupted = False
     try:
         for number in range(experiment.repeats):
             for cell in cells:
@@ -80,14 +80,16 @@ def run_laboratory(experiment: Experiment, start: Start) -> ExitCode:
         judge = _judge(experiment, look, cells, start)
     except KeyboardInterrupt:
         print("mpinfer: bench: told to stop; what has been measured follows", file=sys.stderr, flush=True)
-        judge, code = _judge(experiment, look, cells, None), ExitCode.INTERRUPTED
+        judge, interrupted = _judge(experiment, look, cells, None), True
     report = _save(experiment, cells, judge)
     write_atomically(experiment.output / "bench.md", as_markdown(report).encode())
     print(as_text(report), flush=True)
     print(f"mpinfer: {experiment.output}: bench.json, bench.md and all runs", file=sys.stderr)
-    if not any(cell.is_complete for cell in cells):
+    if interrupted:
+        return ExitCode.INTERRUPTED
+    if judge is None:
         return ExitCode.BAD_INPUT
-    return code or (ExitCode.RECORDS_FAILED if judge is not None and judge.alarms else ExitCode.COMPLETE)
+    return ExitCode.RECORDS_FAILED if judge.alarms else ExitCode.COMPLETE
 
 
 def _cells(experiment: Experiment, records: int) -> Iterator[Cell]:
