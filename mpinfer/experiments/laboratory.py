@@ -3,7 +3,8 @@
 `bench.json` holds what a laboratory found. Its top level:
 
 - `command`, `date`, `job`, `scaling` (`strong`: the same records on any number of ranks; `weak`: as many for each
-  rank), `repeats`, `reference` (a strategy), `fake_weights`, `excluded` (what no figure has in it)
+  rank), `repeats`, `reference` (a strategy), `strategies` (what each is, by name), `fake_weights`, `excluded` (what no
+  figure has in it)
 - `machine`: `cpu`, `cores`, `memory_bytes`, `hosts` (how many), and the versions of software that ran
 - `bounds`: `error` and `tie`, see `comparison.py`
 - `rows`: one for each strategy on each number of ranks, flat, in the order of the table; see `_row`
@@ -219,6 +220,7 @@ def _save(experiment: Experiment, cells: Sequence[Cell], judge: Judge | None) ->
         "scaling": "weak" if experiment.weak else "strong",
         "repeats": experiment.repeats,
         "reference": reference.strategy if reference else None,
+        "strategies": {strategy.name: strategy.about for strategy in experiment.strategies},
         "fake_weights": spec.model.weights == FAKE,
         "excluded": EXCLUDED,
         "machine": {**machine_facts(), "hosts": max((run["hosts"] for run in runs), default=1), **versions},

@@ -5,7 +5,6 @@ To add one, add a row to `STRATEGIES`; a matrix file adds more without any code.
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 from mpinfer.errors import SpecError
@@ -15,7 +14,6 @@ Settings = Mapping[str, Any]  # keys of a job file, as `--set` has them
 Shape = Callable[[int], tuple[int | str, int | str, int | str]]  # of ranks: replicas, stages, shards
 
 _AXES = ("parallel.replicas", "parallel.stages", "parallel.shards")
-_NOTHING: Settings = MappingProxyType({})
 
 
 def _replicas(ranks: int) -> tuple[int, int, int]:
@@ -88,7 +86,7 @@ DEFAULT = ("data", "pipeline", "tensor", "hybrid", "auto")
 
 def named(names: Collection[str]) -> tuple[Strategy, ...]:
     """Strategies of the table, each once. Raises `SpecError` for a name that it does not have."""
-    for name in names:
+    for name in names or [""]:
         if name not in STRATEGIES:
             raise SpecError(f"--strategies {name}: no such strategy; there are {', '.join(STRATEGIES)}")
     return tuple(STRATEGIES[name] for name in dict.fromkeys(names))

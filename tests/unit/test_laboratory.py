@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from mpinfer.spec import JobSpec, load_spec, spec_from_dict
 
 JOB = {"model": {"path": "m"}, "input": {"path": "i"}}
 RECORDS = 8
+DOCUMENT = (Path(__file__).parents[2] / "docs/bench.md").read_text(encoding="utf-8")
 
 
 def spec_of(strategy: Strategy, ranks: int) -> JobSpec:
@@ -58,6 +60,18 @@ def test_an_unknown_strategy_lists_those_there_are() -> None:
     assert named(["pipeline", "data", "pipeline"]) == (STRATEGIES["pipeline"], STRATEGIES["data"])
     with pytest.raises(SpecError, match=r"--strategies dada: no such strategy; there are auto, data, .*, dynamic$"):
         named(["data", "dada"])
+
+
+def test_the_document_has_the_strategies() -> None:
+    rows = re.findall(r"^\| (`[a-z].*?) \| .* \|$", DOCUMENT.partition("## The strategies")[2], re.MULTILINE)
+    assert {name for row in rows for name in re.findall("`(.+?)`", row)} == STRATEGIES.keys()
+
+
+def test_the_document_has_the_columns() -> None:
+    columns = DOCUMENT.partition("## The columns")[2]
+    shown = re.findall(r"^\| ([a-z/, -]+?) \| .* \|$", columns, re.MULTILINE)
+    heads = [column.head.removesuffix(" (lowest..highest)") for column in COLUMNS[3:]]  # behind what names a row
+    assert [head for row in shown[1:] for head in row.split(", ")] == heads
 
 
 def test_a_matrix_has_strategies_of_the_table_and_of_its_own(tmp_path: Path) -> None:
@@ -411,6 +425,7 @@ def test_the_table_has_a_cell_for_every_column(bench: Bench) -> None:
         (["-n", "0,2"], "-n 0,2: must be numbers of ranks of at least 1, with commas between; write -n 1,2,4"),
         (["-n", "2", "--repeats", "0"], "--repeats 0: must be at least 1; raise it"),
         (["-n", "2", "--strategies", "data,foo"], "--strategies foo: no such strategy; there are auto, data,"),
+        (["-n", "2", "--strategies", ","], "--strategies : no such strategy; there are auto, data,"),
         (["-n", "2", "--reference", "int8"], "--reference int8: is not among the strategies that run; give one of"),
         (["-n", "2", "--matrix", "nowhere.yaml"], "nowhere.yaml: the matrix file cannot be read (No such file"),
         (["-n", "2", "--set", "model.path=nowhere"], "model.path=nowhere: no such directory; give a directory with"),
