@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 
 from mpinfer.errors import ExitCode, MpinferError, SpecError
+from mpinfer.experiments.strategies import DEFAULT, STRATEGIES
 from mpinfer.version import VERSION
 
 
 def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
-    arguments = _parser().parse_args(words, argparse.Namespace(words=words))
+    # `bench transport` is a command of its own, of two words; a job file of that name is ./transport.
+    joined = [_BENCH_TRANSPORT, *words[2:]] if words[:2] == _BENCH_TRANSPORT.split() else words
+    arguments = _parser().parse_args(joined, argparse.Namespace(words=words))
     try:
         return int(arguments.command(arguments))
     except MpinferError as error:
@@ -90,9 +93,26 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("destination", metavar="DST", help="the directory to write")
     convert.set_defaults(command=_convert)
 
-    bench = commands.add_parser("bench", help="measure parts of mpinfer beside what else would do")
-    benches = bench.add_subparsers(title="what to measure", metavar="WHAT", required=True)
-    transport = benches.add_parser("transport", help="messages between two ranks: start one on each, with mpirun")
+    bench = commands.add_parser("bench", help="the same job under several strategies, side by side: start it alone")
+    bench.add_argument("job", metavar="JOB.yaml")
+    bench.add_argument("-n", "--ranks", metavar="N,...", help="numbers of ranks, such as 1,2,4")
+    which = bench.add_mutually_exclusive_group()
+    which.add_argument("--strategies", metavar="A,B,...", help=f"of {', '.join(STRATEGIES)} ({','.join(DEFAULT)})")
+    which.add_argument("--matrix", metavar="FILE", help="YAML with strategies of your own, and what else is below")
+    bench.add_argument("--weak", action="store_true", help="as many records for each rank, instead of for all together")
+    bench.add_argument("--repeats", type=int, metavar="N", help="rounds, of which medians are taken (3)")
+    bench.add_argument("--reference", metavar="NAME", help="strategy to compare with (the first that completes)")
+    bench.add_argument("--fake-weights", action="store_true", help="random ones, for models that have only config.json")
+    bench.add_argument("--hosts", default="", help="comma-separated hosts (default: this node, or the allocation)")
+    bench.add_argument("--output", metavar="DIR", help="for table and runs (default: the job's output.path, -bench)")
+    bench.add_argument("--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[], help=_SET_HELP)
+    bench.set_defaults(command=_bench)
+
+    transport = commands.add_parser(
+        _BENCH_TRANSPORT,
+        help="messages between two ranks: start one on each, with mpirun",
+        prog="mpinfer bench transport",
+    )
     transport.add_argument("--largest", type=int, default=2**26, metavar="BYTES", help="of a message (%(default)s)")
     transport.add_argument("--rounds", type=int, default=5, help="of which medians are taken (%(default)s)")
     transport.add_argument("--json", action="store_true", help="print figures as JSON")
@@ -110,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+_BENCH_TRANSPORT = "bench transport"
 _SET_HELP = "override a key of the job file, for example --set parallel.stages=2"
 
 
@@ -255,6 +276,12 @@ def _convert(arguments: argparse.Namespace) -> int:
     convert(Path(arguments.source), Path(arguments.destination))
     print(f"mpinfer: {arguments.destination}: converted", file=sys.stderr)
     return ExitCode.COMPLETE
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from mpinfer.experiments.command import bench
+
+    return bench(arguments)
 
 
 def _bench_transport(arguments: argparse.Namespace) -> int:

@@ -13,7 +13,8 @@ _mpinfer() {{
             return
             ;;
     esac
-    case "${{COMP_WORDS[1]}}" in
+    local typed=" ${{COMP_WORDS[*]:1:COMP_CWORD - 1}} "
+    case "$typed" in
 {cases}
     esac
     [[ $COMP_CWORD == 1 ]] && words="{commands}"
@@ -28,12 +29,22 @@ def completion_script(parser: argparse.ArgumentParser, shell: str, keys: list[st
     """What a user's shell evaluates; `keys` of the job file complete `--set`."""
     commands = dict(_commands(parser))
     options = {name: " ".join(_options(command)) for name, command in commands.items()}
+    for name in commands:  # the second word of a command of two follows the first
+        first, _, second = name.partition(" ")
+        if second:
+            options[first] += f" {second}"
     script = _BASH.format(
         keys=" ".join(f"{key}=" for key in keys),
-        cases="\n".join(f'        {name}) words="{words}" ;;' for name, words in options.items()),
-        commands=" ".join(commands),
+        cases="\n".join(
+            f'        " {name} "*) words="{words}" ;;' for name, words in sorted(options.items(), key=_longest_first)
+        ),
+        commands=" ".join(name for name in commands if " " not in name),
     )
     return _ZSH + script if shell == "zsh" else script
+
+
+def _longest_first(entry: tuple[str, str]) -> int:
+    return -len(entry[0])
 
 
 def _commands(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.ArgumentParser]]:

@@ -32,7 +32,7 @@ from mpinfer.records.inputs import Input
 from mpinfer.records.journal import Journal
 from mpinfer.records.manifest import merge
 from mpinfer.records.openai_batch import responses_file, write_responses
-from mpinfer.spec import JobSpec, spec_from_dict
+from mpinfer.spec import FAKE, JobSpec, spec_from_dict
 from mpinfer.transport.control import ACCOUNT, COORDINATOR, END, STOP
 from mpinfer.transport.endpoint import Agreed, agree, everywhere, library_version
 from mpinfer.transport.lost import RankLost, is_loss
@@ -112,6 +112,8 @@ def _run(world: World, stop: Stop, read_spec: Callable[[], JobSpec], resume: boo
 
     told = agree(endpoint, first_look)
     spec = spec_from_dict(told["spec"])
+    if spec.model.weights == FAKE:
+        world.say("warning: model.weights=fake: results mean nothing; speed and memory are those of a real model")
     if told["done"] is not None:
         world.say(f"{spec.output.path}: already complete, nothing to do")
         return ExitCode(told["done"])
@@ -211,7 +213,8 @@ def _coordinate(
         keep({"index": index, "id": records.ids[index], "error": error})
     done_before, every = len(journal.done), range(len(records))
     pending = array("I", (index for index in every if index not in journal.done)) if journal.done else every
-    coordinator = Coordinator(world.endpoint, records, expected.record_s, pending, expected.speeds, keep)
+    static = files.spec.parallel.dispatch == "static"
+    coordinator = Coordinator(world.endpoint, records, expected.record_s, pending, expected.speeds, keep, static=static)
 
     def told_to_stop(source: int, body: None) -> None:
         stop.hear()
@@ -285,6 +288,7 @@ class OutputFiles:
         facts = {
             "spec": self.spec.to_dict(),
             "spec_fingerprint": self.spec.fingerprint(),
+            "fake_weights": self.spec.model.weights == FAKE,
             "versions": versions(),
             "finished_unix_s": int(time.time()),
         }

@@ -23,6 +23,7 @@ from mpinfer.errors import SpecError
 
 AUTO: Literal["auto"] = "auto"
 Auto = Literal["auto"]
+FAKE: Literal["fake"] = "fake"
 _UNIONS = (types.UnionType, typing.Union)
 _LONGEST_NAME = 40  # that a message shows as it is: a record may give any
 
@@ -49,11 +50,12 @@ class ModelSpec:
             "the best labels, or whatever the model gives. The first two need a decoder."
         ),
     )
-    weights: str | Auto = rule(
+    weights: str | Literal["auto", "fake"] = rule(
         AUTO,
         about=(
             "Weights of a factory's model: `.safetensors`, or a state dict in `.pt` or `.pth`. `auto`: those that the"
-            " factory gives."
+            " factory or the directory gives. `fake`: random ones, for speed and memory of a model of which there is "
+            "no more than `config.json` or a factory; results mean nothing."
         ),
     )
     dtype: Literal["float32", "bfloat16", "float16"] = rule(
@@ -99,6 +101,11 @@ class InputSpec:
             "`auto`: by the suffix, or by what a folder holds. `openai-batch`: a request a line, see [OpenAI Batch "
             "files](openai-batch.md)."
         ),
+    )
+    limit: int | Auto = rule(
+        AUTO,
+        minimum=1,
+        about="Only so many records, from the beginning; for a trial. `auto`: all.",
     )
     columns: tuple[str, ...] = rule(
         (),
@@ -165,6 +172,13 @@ class ParallelSpec:
         about=(
             "Groups of a replica. The least: as many as stages, or as many of these as have a core at the same time "
             "where ranks outnumber cores. `auto`: that or one more. Two for each stage of a model that is no decoder."
+        ),
+    )
+    dispatch: Literal["dynamic", "static"] = rule(
+        "dynamic",
+        about=(
+            "`dynamic`: replicas ask for records, and what one is stuck with is done by another. `static`: each "
+            "computes its even share, whatever its pace; for comparison."
         ),
     )
     cluster: str | Auto = rule(

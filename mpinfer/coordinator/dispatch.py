@@ -6,6 +6,8 @@ Replicas pull. Each may hold its share, by speed, of the cost of all that is unf
 toward the end (guided self-scheduling: Polychronopoulos and Kuck, 1987), the costliest records first (Graham, 1969).
 When all are handed out, those who have nothing left get copies of what others are expected to finish much later
 (backup tasks: Dean and Ghemawat, 2004); the first result wins.
+
+Or, for comparison, each replica has its even share of the records from the start, whatever its pace.
 """
 
 import time
@@ -13,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any, Protocol
 
 from mpinfer.coordinator.replica import Replica, pace_of_speed
@@ -55,11 +57,17 @@ def costliest_first(costs: Sequence[float], pending: Collection[int]) -> Iterato
     return map(int, indices[np.argsort(-own, kind="stable")])
 
 
+def even_shares(records: int, leaders: Collection[int]) -> dict[int, range]:
+    """As many records for each leader as for any other, one more or less, in their order."""
+    cuts = [records * number // len(leaders) for number in range(len(leaders) + 1)]
+    return {leader: range(*cut) for leader, cut in zip(leaders, pairwise(cuts), strict=True)}
+
+
 class Coordinator:
     """Hands out the records `pending`, of which each has an estimated cost, and takes in results and accounts.
 
     `speeds` are those of the replicas, by leader, relative to each other and as expected; `keep` gets one result for
-    each record; `clock` is in seconds.
+    each record; `clock` is in seconds; `static`: each replica computes its even share, and nobody gets copies.
     """
 
     def __init__(
@@ -67,10 +75,11 @@ class Coordinator:
         endpoint: Control,
         records: Records,
         costs: Sequence[float],
-        pending: Collection[int],
+        pending: Sequence[int],
         speeds: Mapping[int, float],
         keep: Callable[[dict[str, Any]], None],
         clock: Callable[[], float] = time.monotonic,
+        static: bool = False,
     ) -> None:
         self._endpoint, self._records, self._costs = endpoint, records, costs
         self._keep, self._clock = keep, clock
@@ -81,8 +90,11 @@ class Coordinator:
             self._has_result[index] = False
             self._missing += 1
             self._unfinished_cost += costs[index]
-        self._order = costliest_first(costs, pending)
-        self._next = next(self._order, None)  # record to hand out; None when all are
+        self._static = static
+        self._pending = pending
+        self._own = even_shares(len(pending), speeds) if static else {}  # by leader: places in it, for nobody else
+        self._order = iter(()) if static else costliest_first(costs, pending)
+        self._next = next(self._order, None)  # record to hand out to anybody; None when all are
         self._replicas = {leader: Replica(leader, speed) for leader, speed in speeds.items()}
         self._speed = sum(speeds.values())  # of all together
         self._scale = 0.0  # cost per second of a replica of speed 1; 0 before anything is finished
@@ -125,7 +137,8 @@ class Coordinator:
         for index in unsent:
             del self._announced[index]
             self._unfinished_cost += self._costs[index]
-        again = sorted([*again, *unsent], key=lambda index: -self._costs[index])
+        own = [self._pending[place] for place in self._own.pop(leader, ())]
+        again = sorted([*again, *unsent, *own], key=lambda index: -self._costs[index])
         rest = [] if self._next is None else [self._next]
         if (again or rest) and not self._replicas.keys() - self._dismissed:
             raise WorldLostError(f"{len(again) + len(rest)} or more records are left, and no replica to compute them")
@@ -159,7 +172,7 @@ class Coordinator:
             return
         self._look_next = now + _LOOK_EVERY_S
         self._scale = pace_of_speed(self._replicas.values())
-        if self._next is None:
+        if self._next is None and not self._static:
             self._copy(now)
 
     def _ask(self, leader: int, wanted: int) -> None:
@@ -211,8 +224,7 @@ class Coordinator:
                     drops[leader].append(index)
         for leader, dropped in drops.items():
             self._endpoint.send(leader, DROP, dropped)
-        over = self._next is None and not self._holders
-        self._answer_waiting(self._replicas.values() if over else concerned.values())
+        self._answer_waiting(self._replicas.values() if self._all_settled else concerned.values())
         self.reconsider()
 
     def _answer_waiting(self, replicas: Iterable[Replica]) -> None:
@@ -224,7 +236,7 @@ class Coordinator:
         """Give a leader what it has asked for, as far as there is anything for it; whether there was an answer."""
         if self.stopped:
             return True  # it was told
-        if self._next is None and not self._holders:
+        if self._all_settled:
             self._give(replica, [])
         elif batch := self._share(replica):
             self._give(replica, batch)
@@ -232,9 +244,17 @@ class Coordinator:
             return False
         return True
 
+    @property
+    def _all_settled(self) -> bool:
+        """There is nothing to hand out, and nobody has anything in hand."""
+        return self._next is None and not self._holders and not any(self._own.values())
+
     def _share(self, replica: Replica) -> list[int]:
         """The next pending records, but no more than make up the replica's share of all that is unfinished, to the
         nearest record: what it holds already counts, so that none hoards what another could do."""
+        if own := self._own.get(replica.leader):
+            self._own[replica.leader] = own[replica.wanted :]
+            return [self._pending[place] for place in own[: replica.wanted]]
         room = self._unfinished_cost * replica.speed(self._scale) / self._speed - replica.held_cost
         batch: list[int] = []
         while self._next is not None and len(batch) < replica.wanted:

@@ -25,7 +25,9 @@ class DecodeEngine:
         from mpinfer.models.decoder import DecoderSkeleton
 
         self._spec = spec
-        self._skeleton = DecoderSkeleton(Path(spec.model.path), spec.model.dtype, spec.model.quantize)
+        self._skeleton = DecoderSkeleton(
+            Path(spec.model.path), spec.model.dtype, spec.model.quantize, spec.model.weights
+        )
         self.kv_cache_bytes = None if spec.generate.kv_cache_gb == AUTO else int(spec.generate.kv_cache_gb * 1e9)
 
     @staticmethod

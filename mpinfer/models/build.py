@@ -13,6 +13,7 @@ from torch import nn
 from mpinfer.errors import ModelError
 from mpinfer.models.archive import read_archive
 from mpinfer.models.checkpoint import Checkpoint
+from mpinfer.models.fake import FakeStore
 from mpinfer.models.meta import parameters_on_meta
 from mpinfer.models.pooling import pool, pooling_of
 from mpinfer.models.program import InputShape, Program, Untraceable, program_of, trace
@@ -20,7 +21,7 @@ from mpinfer.models.recurrent import unstack_recurrent
 from mpinfer.models.sources import find_sources
 from mpinfer.models.store import ConvertedFiles, HeldTensors, PickledStateDict, Renamed, Store, StoredFiles, check_names
 from mpinfer.plugins import load_object, one_line
-from mpinfer.spec import AUTO, JobSpec, ModelSpec
+from mpinfer.spec import AUTO, FAKE, JobSpec, ModelSpec
 
 Finish = Callable[[Any, dict[str, torch.Tensor]], Any]
 """What a task makes of a model's outputs and inputs, inside the model."""
@@ -91,6 +92,8 @@ def _from_factory(spec: ModelSpec) -> tuple[nn.Module, Store]:
     model = model.to(getattr(torch, spec.dtype))
     if spec.weights == AUTO:
         return model, HeldTensors(model.state_dict(keep_vars=True))
+    if spec.weights == FAKE:
+        return model, FakeStore()
     file = Path(spec.weights)
     if not file.is_file():
         raise ModelError(f"model.weights={file}: no such file; give a .safetensors, .pt or .pth file")
@@ -139,6 +142,8 @@ def _from_directory(directory: Path, spec: JobSpec) -> tuple[nn.Module, Store]:
             f"model.path={directory}: is a {type(model).__name__}, and model.task=classify needs a classifier; use "
             f"embed or forward, or a model with a classification head"
         )
+    if spec.model.weights == FAKE:
+        return (model.base_model if spec.model.task == "embed" else model), FakeStore()
     checkpoint = Checkpoint(directory)
     names = list(model.state_dict())
     store = ConvertedFiles(checkpoint, find_sources(model, names, checkpoint))

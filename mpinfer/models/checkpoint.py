@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mpinfer.errors import ModelError
-from mpinfer.spec import AUTO, ModelSpec
+from mpinfer.spec import AUTO, FAKE, ModelSpec
 
 Kind = Literal["decoder", "graph"]
 
@@ -76,7 +76,12 @@ def check_model(spec: ModelSpec) -> Kind:
     """What kind of model the job names, once all of its files are found there and whole; raises `ModelError`."""
     path = Path(spec.path)
     factory = re.fullmatch(r"[\w.]+:[\w.]+", spec.path) is not None and not path.exists()
-    if spec.weights != AUTO and not factory:
+    if spec.weights == FAKE and path.suffix == ".pt2":
+        raise ModelError(
+            f"model.weights={FAKE}: is for a model directory or a factory, and {path} has its own in the "
+            "file; leave it out"
+        )
+    if spec.weights not in (AUTO, FAKE) and not factory:
         raise ModelError(
             f"model.weights={spec.weights}: is for a model made by package.module:factory, and {spec.path} has its "
             f"own; leave it out"
@@ -88,7 +93,8 @@ def check_model(spec: ModelSpec) -> Kind:
             raise ModelError(f"model.path={path}: no such file; give a program that torch.export.save wrote")
     else:
         config = _read_object(check_model_directory(spec.path) / "config.json")
-        Checkpoint(path)
+        if spec.weights != FAKE:
+            Checkpoint(path)
         if _is_decoder(config, spec.task):
             return "decoder"
     if spec.task in ("generate", "score"):
@@ -111,7 +117,7 @@ def _is_decoder(config: dict[str, Any], task: str) -> bool:
 
 
 def _check_weights_file(weights: str) -> None:
-    if weights == AUTO:
+    if weights in (AUTO, FAKE):
         return
     file = Path(weights)
     if file.suffix not in (".safetensors", ".pt", ".pth"):

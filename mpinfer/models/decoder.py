@@ -20,10 +20,11 @@ from torch import nn
 from mpinfer.errors import ModelError
 from mpinfer.models import attention
 from mpinfer.models.checkpoint import Checkpoint
+from mpinfer.models.fake import fake_sources
 from mpinfer.models.fused import FusedLinear, FusedMember, concatenated, find_group
 from mpinfer.models.linear import LayerTuner, packed_bytes
 from mpinfer.models.meta import parameters_on_meta
-from mpinfer.models.sources import Slice, computed_buffers, find_sources
+from mpinfer.models.sources import Slice, Source, computed_buffers, find_sources
 from mpinfer.models.tensor_parallel import (
     LayerSplit,
     NotShardable,
@@ -36,6 +37,7 @@ from mpinfer.models.tensor_parallel import (
     row_parallel,
 )
 from mpinfer.plan.block import Block, ModelSummary, vocabulary_share
+from mpinfer.spec import AUTO, FAKE
 
 # Pipeline plans of families for which transformers has none: modules of the base model before its layers, the
 # layers, modules after them, in the order in which its forward calls them.
@@ -58,17 +60,20 @@ class DecoderSkeleton:
     the directory is damaged or holds a model that cannot be run this way.
     """
 
-    def __init__(self, directory: Path, dtype: str, quantize: str = "none") -> None:
+    def __init__(self, directory: Path, dtype: str, quantize: str = "none", weights: str = AUTO) -> None:
         self.directory = directory
         self._quantize = quantize
         self.dtype: torch.dtype = getattr(torch, dtype)
-        self.checkpoint = Checkpoint(directory)
+        self.checkpoint = Checkpoint.of(directory, {}) if weights == FAKE else Checkpoint(directory)
         self.config = _load_config(directory)
         self.model = _build_without_weights(self.config, self.dtype)
         self.base = self.model.base_model
         self.final_size: int = self.model.get_output_embeddings().in_features  # of final hidden states
         self._before, self._layers_name, self._after = _pipeline_plan(self.base, self.config)
-        self._sources = find_sources(self.model, [name for name, _ in _named_tensors(self.model)], self.checkpoint)
+        names = [name for name, _ in _named_tensors(self.model)]
+        self._sources: dict[str, Source] = (
+            fake_sources(self.model, names) if weights == FAKE else find_sources(self.model, names, self.checkpoint)
+        )
 
     def summary(self, with_head: bool) -> ModelSummary:
         """Blocks with their weights and costs, for the planner; without the output embedding when no task needs it."""

@@ -1,5 +1,6 @@
 """What a job's input is: its format, and its records by index."""
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -76,12 +77,49 @@ def input_format(spec: InputSpec) -> InputFormat:
     return _SUFFIXES.get(path.suffix.lower(), "jsonl")
 
 
+class _First(Sequence[Any]):
+    """The beginning of a sequence whose items may have to be read."""
+
+    def __init__(self, items: Sequence[Any], limit: int) -> None:
+        self._items, self._places = items, range(limit)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._items[self._places[index]]
+
+
+class FirstRecords:
+    """So many records from the beginning of an input."""
+
+    def __init__(self, records: Input, limit: int) -> None:
+        self.ids: Sequence[str | int] = _First(records.ids, limit)
+        self.lengths = records.lengths[:limit]
+        self.refused = {index: problem for index, problem in records.refused.items() if index < limit}
+        self.total_bytes = sum(self.lengths)
+        self.sha256 = hashlib.sha256(f"{records.sha256} {limit}".encode()).hexdigest()
+        self.line, self.source, self.close = records.line, records.source, records.close
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
 def open_input(
     spec: InputSpec,
     check: Callable[[dict[str, Any]], str | None],
     convert: Callable[[dict[str, Any]], dict[str, Any]] | None,
 ) -> Input:
     """The records of a job; raises `InputError`. `check` and `convert` as `JsonlInput` takes them."""
+    records = _open(spec, check, convert)
+    return records if spec.limit == AUTO or spec.limit >= len(records) else FirstRecords(records, spec.limit)
+
+
+def _open(
+    spec: InputSpec,
+    check: Callable[[dict[str, Any]], str | None],
+    convert: Callable[[dict[str, Any]], dict[str, Any]] | None,
+) -> Input:
     match input_format(spec):
         case "csv":
             return CsvInput(spec, check)

@@ -37,7 +37,8 @@ ROWS: dict[str, set[str]] = {
     "job": {"layout", "coordinator"},
     "api": {"job"},
     "bench": {"world", "pipeline"},
-    "cli": {"job", "bench", "schema", "completion"},
+    "experiments": {"preview"},
+    "cli": {"job", "bench", "experiments", "schema", "completion"},
     "__init__": {"version", "api"},
     "__main__": {"cli"},
 }

@@ -283,3 +283,41 @@ def test_a_run_ends_when_those_left_have_been_dismissed() -> None:
     assert not coordinator.complete
     with pytest.raises(WorldLostError, match="no replica to compute them"):
         coordinator.lose(1, [1])
+
+
+def test_static_shares_are_even_whatever_the_pace() -> None:
+    world = World(4)
+    computed: list[int] = []
+
+    def seconds(rank: int) -> Any:
+        return lambda index: computed.append(rank) or 1 / ONE_SLOW[rank]
+
+    coordinator = Coordinator(
+        world, Lines(42), [1.0] * 42, range(42), KNOWN, lambda result: None, clock=lambda: world.now, static=True
+    )
+    for rank in KNOWN:
+        VirtualReplica(world, rank, seconds(rank))
+    world.run(lambda: coordinator.finished)
+    assert sorted(Counter(computed).values()) == [10, 10, 11, 11]  # and none of them twice
+    assert world.now > 10 / min(ONE_SLOW)
+
+
+def test_what_a_lost_replica_had_of_its_static_share_is_done_by_others() -> None:
+    world = Driven(2)
+    kept: list[int] = []
+    coordinator = Coordinator(
+        world, Lines(6), [1.0] * 6, range(6), {0: 1.0, 1: 1.0}, lambda r: kept.append(r["index"]), static=True
+    )
+    world.after(0.1, 0, WANT, 9)
+    world.after(0.1, 1, WANT, 1)
+    assert world.given(0) == [0, 1, 2]
+    assert world.given(1) == [3]
+    world.after(0.1, 0, RESULTS, results(0, 1, 2))
+    world.after(0.1, 0, WANT, 9)
+    assert world.given(0) == [0, 1, 2]
+    coordinator.lose(1, [1])
+    world.after(0.1, 0, WANT, 9)
+    assert world.given(0) == [0, 1, 2, 3, 4, 5]
+    world.after(0.1, 0, RESULTS, results(3, 4, 5))
+    assert coordinator.complete
+    assert sorted(kept) == list(range(6))

@@ -626,3 +626,24 @@ def test_objects_of_the_user(user: str, tmp_path: Path) -> None:
     write(tmp_path / f"{user}_broken.py", "def f(:\n")
     with pytest.raises(ModelError, match="cannot be imported \\(SyntaxError"):
         load_object(f"{user}_broken:f", "model.path", ModelError)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "npy"])
+def test_a_limit_leaves_the_first_records(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"records.{kind}"
+    match kind:
+        case "npy":
+            np.save(path, np.arange(10.0))
+        case "csv":
+            write(path, "id,text\n" + "".join(f"r{n},x\n" for n in range(10)))
+        case "jsonl":
+            write(path, "".join(json.dumps({"id": f"r{n}", "text": "x"}) + "\n" for n in range(10)))
+    every, some = opened(path), opened(path, limit=3)
+    assert len(some) == len(some.ids) == len(some.lengths) == 3
+    assert list(some.ids) == list(every.ids)[:3]
+    assert handed_out(some) == handed_out(every)[:3]
+    assert some.total_bytes == sum(every.lengths[:3])
+    with pytest.raises(IndexError):
+        some.ids[3]
+    assert len({every.sha256, some.sha256, opened(path, limit=4).sha256}) == 3  # what a resumed run must find again
+    assert opened(path, limit=10).sha256 == every.sha256
