@@ -24,7 +24,7 @@ svg { max-width: 100% } svg text { fill: var(--ink); font-size: 12px }
 """
 
 
-def page(timing: dict[str, Any], title: str) -> str:
+def page(timing: dict[str, Any], title: str, times: dict[str, Any] | None = None) -> str:
     """The whole page, of what `timing.json` holds."""
     sections = {
         "In short": summary(timing),

@@ -132,7 +132,7 @@ def test_words_beyond_the_plan_are_refused():
 
 
 def test_a_tag_of_the_transport_is_refused():
-    with pytest.raises(ValueError, match="tag 64 of a channel: must be from 0 to 63"):
+    with pytest.raises(ValueError, match="tag 64 of a channel: must be from 1 to 63"):
         plan_of(64, tag=64)
 
 
