@@ -31,7 +31,8 @@ class Bins:
 
     def count(self, row: int, at_s: float) -> None:
         """Something that happened once."""
-        self.rows[row][self._bin(at_s)] += 1
+        place = self._bin(at_s)
+        self.rows[row][place] += 1
 
     def sums(self) -> list[float]:
         return [sum(row) for row in self.rows]
