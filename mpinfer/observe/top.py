@@ -46,11 +46,12 @@ def read_status(path: Path) -> dict[str, Any]:
 def frame(status: dict[str, Any], now: float, width: int, title: str) -> Iterator[str]:
     """The lines of one look; `now` in seconds of the epoch."""
     state, age_s = status["state"], now - status["updated_unix_s"]
-    yield f"{title}: {state}, rank 0 on {status['host']}, for {span(now - status['started_unix_s'])}"
+    until = status["updated_unix_s"] if state in ENDS else now
+    yield f"{title}: {state}, rank 0 on {status['host']}, for {span(until - status['started_unix_s'])}"
     if state not in ENDS and age_s > STALE_S:
         yield f"NOT UPDATED for {span(age_s)}: the run has ended without a word, or {status['host']} hangs"
     yield from _records(status, min(width, 100))
-    if status["ranks"]:
+    if status["ranks"] and state not in ("complete", "interrupted"):  # whose account says more
         yield from _ranks(status["ranks"], width)
 
 
@@ -96,9 +97,11 @@ def _ranks(ranks: list[dict[str, Any]], width: int) -> Iterator[str]:
 def _mark(rank: dict[str, Any], ranks: list[dict[str, Any]]) -> str:
     """What is wrong with a rank, if anything."""
     host = f" on {rank['host']}" if rank["host"] else ""
+    if rank["moved_s_ago"] is None:  # nothing was heard of it yet, nor will be where there is no watchdog
+        return ""
     if rank["heard_s_ago"] > SLOW_S:
         return f"! silent for {span(rank['heard_s_ago'])}{host}"
-    if rank["moved_s_ago"] is not None and rank["moved_s_ago"] > SLOW_S:
+    if rank["moved_s_ago"] > SLOW_S:
         return f"! has not moved for {span(rank['moved_s_ago'])}{host}: {rank['doing']}"
     place = rank["coordinates"]
     like = [r["seconds"]["compute"] for r in ranks if r["seconds"] and r["coordinates"]["replica"] == place["replica"]]
