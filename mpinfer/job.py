@@ -111,7 +111,7 @@ def _run(world: World, stop: Stop, read_spec: Callable[[], JobSpec], resume: boo
         done = None
         if not dry_run:
             files = OutputFiles(look.spec, look.records, resume)
-            endpoint.last_words = files.status.close
+            endpoint.last_words = files.status.end
             if files.journal.complete:
                 done = files.exit_code
                 files.write_responses()

@@ -47,7 +47,8 @@ class StatusFile:
         self._written: tuple[float, Any] = 0.0, None
         self._started = time.time()
         self._turn = threading.Lock()
-        self._over = threading.Event()
+        self._over, self._wake = threading.Event(), threading.Event()
+        self._code: int | None = None
         self.state: State = "starting"
         self.write()
         threading.Thread(target=self._keep_up, name="status", daemon=True).start()
@@ -59,9 +60,15 @@ class StatusFile:
     def close(self, code: int) -> None:
         """The run has ended, or is about to, with an exit code."""
         self._over.set()
+        self._wake.set()
         with self._turn:
             self.state = _ENDS.get(code, "fault")
             self._write()
+
+    def end(self, code: int) -> None:
+        """Like `close`, for who cannot wait: the disk may hang, and so may whoever holds Python's lock."""
+        self._code = code
+        self._wake.set()
 
     def write(self) -> None:
         """Unless the last word is written."""
@@ -70,7 +77,11 @@ class StatusFile:
                 self._write()
 
     def _keep_up(self) -> None:
-        while not self._over.wait(EVERY_S):
+        while not self._over.is_set():
+            self._wake.wait(EVERY_S)
+            if self._code is not None:
+                self.close(self._code)
+                return
             progress = self._progress
             now, news = time.monotonic(), (self.state, progress and progress.done)
             if news != self._written[1] or now - self._written[0] >= QUIET_S:

@@ -64,7 +64,9 @@ class Endpoint:
         self._handlers: dict[str, Handler] = {}
         self.lost: set[int] = set()  # ranks that have died, where MPI tolerates that
         self.when_lost: Callable[[set[int]], None] = _end_without
-        self.last_words: Callable[[int], None] = lambda code: None  # called before this rank ends the world
+        self.last_words: Callable[[int], None] = lambda code: (
+            None
+        )  # told the exit code before this rank ends the world; must not wait
         self.serving: Callable[[], AbstractContextManager[Any]] = nullcontext  # accounts for the time of handlers
         self.control_bytes_sent = 0
         self.control_bytes_received = 0
@@ -221,9 +223,9 @@ class Endpoint:
         alone = threading.Timer(_ABORT_S, os._exit, [int(code)])
         alone.daemon = True
         alone.start()
+        self.last_words(int(code))
         sys.stdout.flush()
         sys.stderr.flush()
-        threading.Thread(target=self.last_words, args=(int(code),), daemon=True).start()  # a disk may hang
         time.sleep(_FORWARD_S)
         MPI.COMM_WORLD.Abort(int(code))
         os._exit(int(code))  # an Abort may return
