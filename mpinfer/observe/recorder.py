@@ -11,7 +11,7 @@ from typing import Any
 from mpinfer.observe.bins import Bins
 
 # Of all ranks together: a browser opens such a trace, and one page shows such a timeline.
-_SPANS, _BINS = 1_000_000, 1 << 16
+_SPANS, _BINS = 500_000, 1 << 16
 _SPANS_A_RANK, _BINS_A_RANK, _LEAST_BINS = 1 << 14, 512, 64
 SPAN = Struct("<ddBi")  # start, end, phase, step
 POINT = Struct("<dHq")  # when, channel, number of the message
@@ -60,12 +60,12 @@ class Entries:
 
 
 class Recorder:
-    """Is told of every phase that is over, and of messages. `most` spans are kept, and half as many messages."""
+    """Is told of every phase that is over, and of messages. `most` spans are kept, and a quarter as many messages."""
 
     def __init__(self, most: int = 0, bins: int = _BINS_A_RANK) -> None:
         self._count = bins
         self._spans = Kept(SPAN, most) if most else None
-        self._points = Kept(POINT, most // 2) if most else None
+        self._points = Kept(POINT, most // 4) if most else None
         self._channels: list[list[Any]] = []
         self.step = 0  # that this rank works on
         self.clock = {"offset_s": 0.0, "uncertainty_s": 0.0}  # what leads to rank 0's, once that is known
