@@ -114,8 +114,8 @@ def _run(world: World, stop: Stop, read_spec: Callable[[], JobSpec], resume: boo
             endpoint.last_words = files.status.end
             if files.journal.complete:
                 done = files.exit_code
-                files.write_responses()
                 files.status.close(done)
+                files.write_responses()
         return {"spec": look.spec.to_dict(), "done": done}
 
     told = agree(endpoint, first_look)
