@@ -3,9 +3,10 @@
     .venv/bin/python benchmarks/trace_cost.py [--jobs smollm2] [--layouts 1x2x1 2x1x1] [--rounds 5]
 
 Runs with and without spans take turns, in an order that changes every round. `ratio` is that of the median walls, with
-the lowest and the highest of a round; on a shared machine it says no more than what the walls of one kind differ by
-(`spread`). `counted` says more: phases and messages of the busiest rank, each at what one costs in a process that does
-nothing else, as a share of the wall; bins, which are always kept, are in it.
+the lowest and the highest of a round; it tells nothing smaller than what walls of one kind differ by (`spread`).
+`counted` is an estimate: phases and messages of the busiest rank, each at what one costs in a process that does nothing
+else, as a share of the wall. It has bins, which are always kept, but not what recording does to caches, nor what
+every run does for `status.json`.
 """
 
 import argparse
