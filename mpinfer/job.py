@@ -256,10 +256,11 @@ def _coordinate(
     traces = [account.pop("trace") for account in accounts]
     results, latency = len(journal.done) - done_before, coordinator.latency.summary()
     account = timing(layout.plan, results, wall_s, before, accounts, world.endpoint.lost, latency)
+    if not coordinator.complete:
+        files.stop(account)  # first: a launcher that was told to stop may kill all at any moment
     if problem := files.draw(account, traces, progress):
         world.say(f"warning: {problem}; the results are not concerned")
     if not coordinator.complete:
-        files.stop(account)
         world.say(f"{files.directory}: stopped, {len(journal.done)} of {len(records)} records done; --resume goes on")
         _end(world, ExitCode.INTERRUPTED)
         return ExitCode.INTERRUPTED

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mpinfer.coordinator.progress import Progress
-from mpinfer.errors import ExitCode, OutputError
+from mpinfer.errors import ExitCode
 from mpinfer.observe.account import PHASES, Account
 from mpinfer.observe.vitals import vitals
 from mpinfer.plan.layout import Plan
@@ -89,8 +89,8 @@ class StatusFile:
                 self.write()
 
     def _write(self) -> None:
-        text = json.dumps(self.facts(), indent=1)
-        with suppress(OutputError):  # who writes results will say so
+        with suppress(Exception):  # who writes results will say what is wrong with the disk
+            text = json.dumps(self.facts(), indent=1)
             write_atomically(self._path, text.encode() + b"\n", durable=False)
 
     def facts(self) -> dict[str, Any]:

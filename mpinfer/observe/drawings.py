@@ -189,16 +189,17 @@ def curve(times: dict[str, Any], wall_s: float) -> str:
     return _svg(width, height + 8 + _AXIS, even + line + ends + axis, "progress")
 
 
-def scaling(series: dict[str, list[tuple[float, float]]]) -> str:
+def scaling(series: dict[str, list[tuple[float, float]]], ideals: Sequence[tuple[float, float]]) -> str:
     """Speed-up over ranks for each strategy, beside the ideal."""
     width, height, left = 480, 260, 64
-    most = max(ranks for points in series.values() for ranks, _ in points)
-    top = max(most, *(speed_up for points in series.values() for _, speed_up in points))
+    every = [*ideals, *(point for points in series.values() for point in points)]
+    most, top = (max(values) for values in zip(*every, strict=True))
 
     def at(ranks: float, speed_up: float) -> str:
         return f"{left + ranks / most * (width - left - 8):.1f} {height + 8 - speed_up / top * height:.1f}"
 
-    shapes = [f'<path class="ideal" d="M{at(0, 0)}L{at(most, most)}"><title>ideal</title></path>']
+    ideal = "L".join(at(*point) for point in ideals)
+    shapes = [f'<path class="ideal" d="M{ideal}"><title>ideal</title></path>']
     for number, (name, points) in enumerate(series.items()):
         style = f'style="stroke: hsl({number * 137 % 360} 60% 50%)"'
         path = "L".join(at(*point) for point in points)

@@ -166,7 +166,8 @@ def scaling(bench: dict[str, Any]) -> str:
         return ""
     shown = ("strategy", "ranks", "wall_s", "records_per_s", "speed_up", "efficiency")
     rows = [[_cell(row.get(name)) for name in shown] for row in bench["rows"] if isinstance(row, dict)]
-    return f'{drawings.scaling(series)}<div class="wide">{_table([words(name) for name in shown], rows)}</div>'
+    whole = _table([words(name) for name in shown], rows)
+    return f'{drawings.scaling(series, ideals(bench))}<div class="wide">{whole}</div>'
 
 
 def speed_ups(bench: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
@@ -176,6 +177,15 @@ def speed_ups(bench: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
         if isinstance(row, dict) and isinstance(row.get("ranks"), Real) and isinstance(row.get("speed_up"), Real):
             series.setdefault(str(row.get("strategy")), []).append((row["ranks"], row["speed_up"]))
     return {strategy: sorted(points) for strategy, points in series.items()}
+
+
+def ideals(bench: dict[str, Any]) -> list[tuple[float, float]]:
+    """Ranks, and the speed-up that they would have at best: what rows say of it, or one more for each rank."""
+    rows = [row for row in bench.get("rows", []) if isinstance(row, dict) and isinstance(row.get("ranks"), Real)]
+    said = {row["ranks"]: row["ideal"] for row in rows if isinstance(row.get("ideal"), Real)}
+    most = max((row["ranks"] for row in rows), default=1)
+    points = sorted(said.items()) if said else [(most, most)]
+    return points if len(points) > 1 else [(0, 0), *points]
 
 
 def _cell(value: object) -> str:

@@ -1,13 +1,13 @@
 """Plots of a run for papers and slides, by matplotlib: as SVG and PNG."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from mpinfer.errors import SpecError
 from mpinfer.observe.account import PHASES
 from mpinfer.observe.drawings import Row, rows, words
-from mpinfer.observe.page import speed_ups
+from mpinfer.observe.page import ideals, speed_ups
 from mpinfer.observe.recorder import MICRO
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def plots(
     if timing:
         yield from _drawn("ranks", height, lambda axes: _ranks(axes, timing))
     if bench and (series := speed_ups(bench)):
-        yield from _drawn("scaling", 12, lambda axes: _scaling(axes, series))
+        yield from _drawn("scaling", 12, lambda axes: _scaling(axes, series, ideals(bench)))
 
 
 def _drawn(name: str, height: int, draw: Callable[["Axes"], None]) -> Iterator[tuple[str, bytes]]:
@@ -87,9 +87,8 @@ def _finish(axes: "Axes", shown: list[Row], unit: str) -> None:
     axes.legend(handles=patches, ncols=len(PHASES), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
 
 
-def _scaling(axes: "Axes", series: dict[str, list[tuple[float, float]]]) -> None:
-    most = max(ranks for points in series.values() for ranks, _ in points)
-    axes.plot([0, most], [0, most], linestyle="--", color="gray", label="ideal")
+def _scaling(axes: "Axes", series: dict[str, list[tuple[float, float]]], ideal: Sequence[tuple[float, float]]) -> None:
+    axes.plot(*zip(*ideal, strict=True), linestyle="--", color="gray", label="ideal")
     for name, points in series.items():
         axes.plot(*zip(*points, strict=True), marker="o", label=name)
     axes.set_xlabel("ranks")

@@ -13,7 +13,7 @@ from mpinfer.observe.bins import Bins
 # Of all ranks together: a browser opens such a trace, and one page shows such a timeline.
 _SPANS, _BINS = 500_000, 1 << 16
 _SPANS_A_RANK, _BINS_A_RANK, _LEAST_BINS = 1 << 14, 512, 64
-SPAN = Struct("<ddBi")  # start, end, phase, step
+SPAN = Struct("<ddBq")  # start, end, phase, step
 POINT = Struct("<dHq")  # when, channel, number of the message
 MICRO = 1e6
 

@@ -8,7 +8,7 @@ from mpinfer.observe.bins import Bins
 from mpinfer.observe.recorder import MICRO
 
 _IDLE = PHASES.index("idle")
-_MOST_BINS = 1 << 12  # a run is as long as its longest rank: more than any of them has
+_MOST_BINS = 512  # as many as any rank has
 
 
 def timeline(ranks: Sequence[dict[str, Any]], traces: Sequence[dict[str, Any]], records: Bins) -> dict[str, Any]:

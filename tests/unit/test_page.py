@@ -15,7 +15,7 @@ import pytest
 from mpinfer.cli import main
 from mpinfer.observe import drawings
 from mpinfer.observe.account import PHASES
-from mpinfer.observe.page import page, speed_ups
+from mpinfer.observe.page import ideals, page, speed_ups
 
 WALL_S, BIN_S = 20.0, 0.5
 SECONDS = {"compute": 10.0, "send_wait": 1.0, "receive_wait": 2.0, "idle": 3.0, "overhead": 4.0}
@@ -196,6 +196,17 @@ def test_speed_ups_of_a_laboratory() -> None:
     points = [(1, pytest.approx(0.9)), (2, pytest.approx(1.8)), (4, pytest.approx(3.6))]
     assert speed_ups(bench()) == {"data": points, "<i>": points}
     assert speed_ups({}) == {}
+
+
+def test_the_ideal_is_what_the_laboratory_says_it_is() -> None:
+    """Its reference may have had two ranks, or as many cores as others."""
+    rows: list[Any] = [{"ranks": ranks, "ideal": ranks / 2} for ranks in (8, 2, 4)]
+    assert ideals({"rows": [*rows, {"ranks": 16, "problem": "no"}, "?"]}) == [(2, 1), (4, 2), (8, 4)]
+    assert ideals({"rows": rows[:1]}) == [(0, 0), (8, 4)]
+    assert ideals(bench()) == [(0, 0), (4, 4)]
+    drawn = drawings.scaling({"data": [(2, 1.0), (8, 3.0)]}, ideals({"rows": rows}))
+    (line,) = re.findall(r'class="ideal" d="M([^"]+)"', drawn)
+    assert line.split("L")[0] == re.findall(r'class="line" [^>]*d="M([^"L]+)', drawn)[0]  # both are 1 at two ranks
 
 
 def test_report_writes_the_page_beside_the_account(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

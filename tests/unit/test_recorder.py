@@ -130,3 +130,11 @@ def test_percentiles_of_a_histogram() -> None:
     for extreme in (0.0, 1e-9, 1e9):
         latency.add(extreme)
     assert latency.summary()["max"] == 1e9  # type: ignore[index]
+
+
+def test_a_step_may_have_any_number() -> None:
+    recorder = Recorder(2)
+    recorder.restart(1.0)
+    recorder.step = 2**40
+    recorder.add(0, 1.0, 2.0)
+    assert Entries.from_dict(recorder.to_dict()["spans"], SPAN).first == [(1.0, 2.0, 0, 2**40)]

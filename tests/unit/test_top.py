@@ -184,3 +184,13 @@ def test_a_disk_that_takes_nothing_is_no_fault_of_the_run(tmp_path: Path) -> Non
     file = StatusFile(tmp_path / "missing", 1, 0, 0)
     file.close(0)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_status_that_cannot_be_told_is_no_fault_of_the_run(tmp_path: Path) -> None:
+    def ranks() -> list[dict[str, Any]]:
+        raise KeyError("a rank that nobody knows")
+
+    file = StatusFile(tmp_path, 1, 0, 0)
+    file.run(Progress(1, 0), ranks)
+    file.close(0)
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "starting"
