@@ -198,8 +198,8 @@ def scaling(series: dict[str, list[tuple[float, float]]], ideals: Sequence[tuple
     def at(ranks: float, speed_up: float) -> str:
         return f"{left + ranks / most * (width - left - 8):.1f} {height + 8 - speed_up / top * height:.1f}"
 
-    ideal = "L".join(at(*point) for point in ideals)
-    shapes = [f'<path class="ideal" d="M{ideal}"><title>ideal</title></path>']
+    best = "L".join(at(*point) for point in ideals)
+    shapes = [f'<path class="ideal" d="M{best}"><title>ideal</title></path>']
     for number, (name, points) in enumerate(series.items()):
         style = f'style="stroke: hsl({number * 137 % 360} 60% 50%)"'
         path = "L".join(at(*point) for point in points)
@@ -214,7 +214,8 @@ def scaling(series: dict[str, list[tuple[float, float]]], ideals: Sequence[tuple
         f'<span class="key"><i style="background: hsl({number * 137 % 360} 60% 50%)"></i> {escape(name)}</span>'
         for number, name in enumerate(series)
     )
-    return f"<p>{keys}</p>" + _svg(width, height + 8 + _AXIS, "".join(shapes), "scaling")
+    ideal = '<span class="key small">dashed: ideal</span>'
+    return f"<p>{keys}{ideal}</p>" + _svg(width, height + 8 + _AXIS, "".join(shapes), "scaling")
 
 
 def plan(timing: dict[str, Any]) -> str:

@@ -43,7 +43,7 @@ svg { display: block; width: 100% }
   white-space: nowrap }
 .axis { position: relative; height: 22px; color: var(--faint) } .axis span { position: absolute;
   border-left: 1px solid var(--faint); padding-left: 3px; white-space: nowrap }
-svg.plan { width: auto; max-width: none }
+svg.plan { width: auto; max-width: none } svg.scaling { max-width: 640px }
 svg text { fill: var(--ink); font-size: 12px } svg text.small, svg text.host { fill: var(--faint); font-size: 11px }
 .name { font-weight: 600 }
 .rank { fill: var(--ground); stroke: var(--accent) } .node { fill: none; stroke: var(--faint); stroke-dasharray: 4 3 }
