@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from mpinfer.errors import ExitCode, MpinferError, SpecError
 from mpinfer.experiments.strategies import DEFAULT, STRATEGIES
@@ -86,7 +87,16 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="write report.html, a run on one page, beside its timing.json")
     report.add_argument("directory", metavar="DIR")
+    report.add_argument(
+        "--plots", action="store_true", help="gantt, ranks and scaling as SVG and PNG, too (matplotlib)"
+    )
     report.set_defaults(command=_report)
+
+    top = commands.add_parser("top", help="watch a run by the status.json of its output directory, from anywhere")
+    top.add_argument("directory", metavar="DIR")
+    top.add_argument("--once", action="store_true", help="show it as it is now, and stop")
+    top.add_argument("--every", type=float, default=2.0, metavar="S", help="seconds between two looks (%(default)g)")
+    top.set_defaults(command=_top)
 
     convert = commands.add_parser("convert", help="turn a GGUF file into a model directory that mpinfer loads")
     convert.add_argument("source", metavar="SRC", help="a .gguf file")
@@ -256,18 +266,48 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     from mpinfer.observe.page import page
-    from mpinfer.records.files import write_atomically
+    from mpinfer.records.files import REPORT, write_atomically
 
-    path = Path(arguments.directory) / "timing.json"
+    directory = Path(arguments.directory)
+    timing, times, bench = (_read_json(directory / name) for name in ("timing.json", "timeline.json", "bench.json"))
+    bench = bench or _read_json(directory.parent / "bench.json")
     try:
-        text = page(json.loads(path.read_text(encoding="utf-8")), arguments.directory)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if timing is None and bench is None:
+            raise ValueError("there is no timing.json")
+        text = page(timing, arguments.directory, times, bench)
+        write_atomically(directory / REPORT, text.encode())
+        print(directory / REPORT)
+        if arguments.plots:
+            from mpinfer.observe.plots import plots
+
+            for name, picture in plots(timing, times, bench):
+                write_atomically(directory / name, picture)
+                print(directory / name)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise SpecError(
-            f"{path}: not the account of a run ({type(error).__name__}: {error}); give the output of a run"
+            f"{directory}: timing.json is not the account of a run ({type(error).__name__}: {error}); give the output "
+            "of a run"
         ) from None
-    write_atomically(path.with_name("report.html"), text.encode())
-    print(path.with_name("report.html"))
     return ExitCode.COMPLETE
+
+
+def _read_json(path: Path) -> Any:
+    """None where there is no such file. Raises `SpecError` for anything else than a JSON object."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise SpecError(f"{path}: cannot be read ({error}); give the output of a run") from None
+    if not isinstance(tree, dict):
+        raise SpecError(f"{path}: is no JSON object; give the output of a run")
+    return tree
+
+
+def _top(arguments: argparse.Namespace) -> int:
+    from mpinfer.observe.top import watch
+
+    return watch(Path(arguments.directory), arguments.every, arguments.once)
 
 
 def _convert(arguments: argparse.Namespace) -> int:

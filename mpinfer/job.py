@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -20,19 +20,25 @@ from mpinfer.cluster.doctor import RankFacts, doctor_report
 from mpinfer.cluster.memory import local_memory_bytes
 from mpinfer.coordinator.dispatch import Coordinator
 from mpinfer.coordinator.progress import Progress
+from mpinfer.coordinator.status import RankStates, StatusFile
 from mpinfer.coordinator.stop import Stop
 from mpinfer.errors import ExitCode, MpinferError, WorldLostError
 from mpinfer.layout import Expected, Layout, device, lay_out, time_steps
 from mpinfer.observe.hints import hints
+from mpinfer.observe.page import page
 from mpinfer.observe.report import Before, timing, timing_table
+from mpinfer.observe.timeline import timeline
+from mpinfer.observe.trace import trace_json
+from mpinfer.observe.vitals import vitals
 from mpinfer.observe.watchdog import Watchdog
 from mpinfer.preview import FirstLook
-from mpinfer.records.files import write_atomically
+from mpinfer.records.files import REPORT, TIMELINE, TIMING, TRACE, write_atomically
 from mpinfer.records.inputs import Input
 from mpinfer.records.journal import Journal
 from mpinfer.records.manifest import merge
 from mpinfer.records.openai_batch import responses_file, write_responses
 from mpinfer.spec import FAKE, JobSpec, spec_from_dict
+from mpinfer.transport.clocks import compare_clocks
 from mpinfer.transport.control import ACCOUNT, COORDINATOR, END, STOP
 from mpinfer.transport.endpoint import Agreed, agree, everywhere, library_version
 from mpinfer.transport.lost import RankLost, is_loss
@@ -105,8 +111,10 @@ def _run(world: World, stop: Stop, read_spec: Callable[[], JobSpec], resume: boo
         done = None
         if not dry_run:
             files = OutputFiles(look.spec, look.records, resume)
+            endpoint.last_words = files.status.end
             if files.journal.complete:
                 done = files.exit_code
+                files.status.close(done)
                 files.write_responses()
         return {"spec": look.spec.to_dict(), "done": done}
 
@@ -122,10 +130,15 @@ def _run(world: World, stop: Stop, read_spec: Callable[[], JobSpec], resume: boo
     try:
         layout = lay_out(world, spec, look)
         code = ExitCode.COMPLETE if dry_run else _compute(world, spec, layout, files, stop, watchdog)
-    except Agreed:
-        watchdog.close()
+    except BaseException as error:
+        if files is not None:
+            files.status.close(getattr(error, "exit_code", ExitCode.FAULT))
+        if isinstance(error, Agreed):
+            watchdog.close()
         raise
     watchdog.close()
+    if files is not None:
+        files.status.close(code)
     if world.endpoint.lost:
         world.endpoint.leave(code)
     return code
@@ -143,6 +156,8 @@ def _compute(
     )
     load_s = time.perf_counter() - loading
     steps = time_steps(world, rank, layout.planned_s)
+    rank.account.recorder.clock = asdict(compare_clocks(world.endpoint))
+    world.endpoint.pulse.vitals = lambda: vitals(rank.account)
     watchdog.begin_loop(max(step.seconds for of_rank in steps for step in of_rank))
     if files is not None:
         left = len(files.records) - len(files.journal.done)
@@ -202,11 +217,11 @@ def _coordinate(
 ) -> ExitCode:
     """Rank 0: its own share of the computing, then the end of the run."""
     journal, records, limit_s = files.journal, files.records, files.spec.stop.drain_limit_s
-    progress = Progress(len(records), len(journal.done))
+    progress = Progress(len(records), len(journal.done), journal.errors)
 
     def keep(result: dict[str, Any]) -> None:
         journal.append(result)
-        progress.advance()
+        progress.advance(result)
 
     for index in sorted(records.refused.keys() - journal.done):
         error = {"type": "RecordError", "message": records.refused[index]}
@@ -220,11 +235,13 @@ def _coordinate(
         stop.hear()
         if not coordinator.stopped:
             coordinator.stop()
+            files.status.state = "stopping"
             world.say(f"told to stop: what has begun is finished first, for at most {limit_s:g} s (stop.drain_limit_s)")
             journal.flush()  # now: a launcher that was told may kill all within a second
 
     world.endpoint.on(STOP, told_to_stop)
     stop.drain(limit_s, save=journal.flush)
+    files.status.run(progress, RankStates(world.endpoint, layout.plan, rank.account, lambda: coordinator.done))
     started = time.perf_counter()
     _run_part(world, layout, rank, coordinator)
     world.endpoint.wait_until(lambda: coordinator.complete or coordinator.finished)
@@ -239,9 +256,14 @@ def _coordinate(
         wall_s = time.perf_counter() - started
     progress.close()
     accounts = [account for _, account in sorted(coordinator.accounts.items())]
-    account = timing(layout.plan, len(journal.done) - done_before, wall_s, before, accounts, world.endpoint.lost)
+    traces = [account.pop("trace") for account in accounts]
+    results, latency = len(journal.done) - done_before, coordinator.latency.summary()
+    account = timing(layout.plan, results, wall_s, before, accounts, world.endpoint.lost, latency)
     if not coordinator.complete:
-        files.stop(account)
+        files.stop(account)  # first: a launcher that was told to stop may kill all at any moment
+    if problem := files.draw(account, traces, progress):
+        world.say(f"warning: {problem}; the results are not concerned")
+    if not coordinator.complete:
         world.say(f"{files.directory}: stopped, {len(journal.done)} of {len(records)} records done; --resume goes on")
         _end(world, ExitCode.INTERRUPTED)
         return ExitCode.INTERRUPTED
@@ -276,6 +298,7 @@ class OutputFiles:
         self.directory = Path(spec.output.path)
         self.responses = responses_file(spec)
         self.journal = Journal.open(self.directory, spec.identity(), records.sha256, records.ids, resume)
+        self.status = StatusFile(self.directory, len(records), len(self.journal.done), self.journal.errors)
 
     @property
     def exit_code(self) -> ExitCode:
@@ -302,7 +325,21 @@ class OutputFiles:
         self.journal.close()
 
     def _write_account(self, account: dict[str, Any]) -> None:
-        write_atomically(self.directory / "timing.json", json.dumps(account, indent=2).encode() + b"\n")
+        write_atomically(self.directory / TIMING, json.dumps(account, indent=2).encode() + b"\n")
+
+    def draw(self, account: dict[str, Any], traces: list[dict[str, Any]], progress: Progress) -> str | None:
+        """Write what people look at; returns what went wrong, if anything: no run fails for want of a picture."""
+        try:
+            times = timeline(account["ranks"], traces, progress.over_time)
+            files: dict[str, bytes | Iterable[bytes]] = {TIMELINE: json.dumps(times).encode() + b"\n"}
+            if self.spec.output.trace:
+                files[TRACE] = trace_json(account["ranks"], traces, progress.over_time, progress.started_s)
+            files[REPORT] = page(account, str(self.directory), times).encode()
+            for name, data in files.items():
+                write_atomically(self.directory / name, data, durable=False)
+        except Exception as error:
+            return f"no {TIMELINE}, {TRACE} or {REPORT}: {type(error).__name__}: {error}"
+        return None
 
     def write_responses(self) -> None:
         """Of a complete run. Again, if need be: the run may have been killed before, or the file moved away."""
@@ -320,6 +357,7 @@ def _close_account(world: World, rank: "Rank") -> dict[str, Any]:
         "cores": list(world.binding.cores),
         "threads": world.binding.threads,
         **rank.close_account(),
+        "trace": rank.account.recorder.to_dict(),
         "storage_bytes": _storage_bytes(),
         "peak_memory_bytes": _peak_memory_bytes(),
     }

@@ -136,6 +136,12 @@ class OutputSpec:
             "inline."
         ),
     )
+    trace: bool = rule(
+        True,
+        about=(
+            "Whether ranks remember their phases and messages, the first and the last some thousands, for `trace.json`."
+        ),
+    )
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-packages=(iproute2 nftables slurm-wlm munge libpmix-dev strace)
+packages=(iproute2 nftables slurm-wlm munge libpmix-dev strace chromium)
 if [[ $EUID == 0 ]] && command -v apt-get >/dev/null && ! dpkg -s "${packages[@]}" >/dev/null 2>&1; then
     apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${packages[@]}" ||
         echo "run.sh: no ${packages[*]}: tests of several hosts or Slurm are skipped" >&2

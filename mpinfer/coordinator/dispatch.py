@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from mpinfer.coordinator.replica import Replica, pace_of_speed
 from mpinfer.errors import WorldLostError
+from mpinfer.observe.latency import Latency
 from mpinfer.plan.cost import EvenCosts
 from mpinfer.transport.control import ACCOUNT, COMPUTED, DROP, FINISH, RECORDS, RESULTS, WANT, Control
 
@@ -106,6 +107,7 @@ class Coordinator:
         self._everyone = set(range(endpoint.size))
         self._look_next = clock()
         self.stopped = False  # told to: records without a result are left for another run
+        self.latency = Latency()  # of records, from hand-out to result
         self.accounts: dict[int, dict[str, Any]] = {}
         endpoint.on(WANT, self._ask)
         endpoint.on(RESULTS, self._take_in)
@@ -145,6 +147,11 @@ class Coordinator:
         self._order = chain(again, rest, self._order)
         self._next = next(self._order, None)
         self._answer_waiting(self._replicas.values())
+
+    @property
+    def done(self) -> dict[int, int]:
+        """Records that each replica has computed, by leader."""
+        return {leader: replica.done for leader, replica in list(self._replicas.items())}
 
     @property
     def complete(self) -> bool:
@@ -217,7 +224,7 @@ class Coordinator:
             for leader in holders:
                 replica = concerned[leader] = self._replicas[leader]
                 if computed and (leader == source or len(holders) == 1):
-                    replica.finish(index, self._costs[index], now)
+                    self.latency.add(replica.finish(index, self._costs[index], now))
                 else:
                     replica.lose(index, self._costs[index], now, self._rate(replica))
                 if leader != source and len(holders) > 1:

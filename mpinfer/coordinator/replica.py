@@ -14,6 +14,7 @@ class Replica:
     leader: int
     expected: float
     wanted: int = 0  # records that it has asked for and got no answer to
+    done: int = 0  # records
     held: dict[int, float] = field(default_factory=dict)  # when each record was handed out, in that order
     held_cost: float = 0.0
     quickest_s: float = 0.0  # from hand-out to result, for each unit of cost: what any record takes at least
@@ -30,10 +31,12 @@ class Replica:
         self.held[index] = now
         self.held_cost += cost
 
-    def finish(self, index: int, cost: float, now: float) -> None:
-        """It has computed a record that it held."""
-        took_s = (now - self.held.pop(index)) / cost if cost else 0.0
+    def finish(self, index: int, cost: float, now: float) -> float:
+        """It has computed a record that it held; returns the seconds since it got it."""
+        held_s = now - self.held.pop(index)
+        took_s = held_s / cost if cost else 0.0
         self.quickest_s = min(self.quickest_s or took_s, took_s)
+        self.done += 1
         self.held_cost -= cost
         if (elapsed_s := now - self._counted) > 0:
             # A moment's weight is its place in the replica's life, so that the recent half has three quarters of the
@@ -44,6 +47,7 @@ class Replica:
             self._busy_s += elapsed_s
         self._work += cost
         self._counted = self._on_time = now
+        return held_s
 
     def lose(self, index: int, cost: float, now: float, rate: float) -> None:
         """It need not compute a record that it held. `rate`: its own, in cost per second."""

@@ -15,6 +15,7 @@ from mpinfer.forward.tasks import make_task
 from mpinfer.models.graph import GraphSkeleton
 from mpinfer.models.halving import Halving
 from mpinfer.observe.account import Account
+from mpinfer.observe.recorder import Recorder
 from mpinfer.pipeline.links import Copied, Links
 from mpinfer.pipeline.timing import steady_s
 from mpinfer.pipeline.worker import Worker
@@ -39,9 +40,9 @@ class ForwardRank:
         self.coordinates = plan.coordinates(endpoint.rank)
         self._layout = layout = plan.replica_of(endpoint.rank)
         self._endpoint, self._spec, self._skeleton = endpoint, spec, skeleton
-        self._account = Account()
-        endpoint.serving = lambda: self._account.phase("overhead")
-        self._links = Links(endpoint, self._account, spec.transport)
+        self.account = Account(Recorder.of_world(endpoint.size, spec.output.trace))
+        endpoint.serving = lambda: self.account.phase("overhead")
+        self._links = Links(endpoint, self.account, spec.transport)
         self._divided = layout.shards > 1
         shard, self._agree = self._links.join_shards(layout, self.coordinates)
         started = time.perf_counter()
@@ -52,7 +53,7 @@ class ForwardRank:
         self._halving = Halving("its parts are on several shards" if self._divided else fixed)
         self._stage = ForwardStage(self._part, self._halving)
         self._inbox: Inbox = self._make_inbox()
-        self._worker = Worker(self._inbox, self._stage, self._make_outbox(), self._account)
+        self._worker = Worker(self._inbox, self._stage, self._make_outbox(), self.account)
 
     def timed_steps(self, least_s: float) -> list[Timed]:
         """A full micro-batch, timed on this stage for so many seconds. Also its warm-up; leaves no trace."""
@@ -63,7 +64,7 @@ class ForwardRank:
 
     def run(self) -> None:
         """The loop, until the stream of batches ends."""
-        self._account.restart()
+        self.account.restart()
         self._links.restart()
         self._halving.count = 0
         with self._links.progressing():
@@ -78,7 +79,7 @@ class ForwardRank:
     def close_account(self) -> dict[str, Any]:
         """This rank's figures, all measured: seconds per phase, bytes over channels and in control messages."""
         return {
-            **{f"{phase}_s": seconds for phase, seconds in self._account.close().items()},
+            **{f"{phase}_s": seconds for phase, seconds in self.account.close().items()},
             "prompt_tokens": 0,
             "new_tokens": 0,
             **self._links.figures(),
@@ -112,7 +113,7 @@ class ForwardRank:
             micro_batch=self._layout.micro_batch,
             # A program was traced for batches of two or more: for one record torch may have meant something else.
             rows=lambda records: fixed or (max(records, 2) if program is not None else records),
-            account=self._account,
+            account=self.account,
         )
 
     def _make_outbox(self) -> Outbox:
@@ -125,7 +126,7 @@ class ForwardRank:
             return _Nowhere()
         directory = Path(self._spec.output.path) if arrays_in_files(self._spec) else None
         return ResultSink(
-            self._endpoint, make_task(self._spec), lambda: self._part.output_names, directory, self._account
+            self._endpoint, make_task(self._spec), lambda: self._part.output_names, directory, self.account
         )
 
     def _activations_into(self, stage: int, shard: int) -> ChannelPlan:

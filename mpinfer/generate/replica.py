@@ -17,6 +17,7 @@ from mpinfer.generate.tasks import make_task, readout_kind
 from mpinfer.models.decoder import DecoderSkeleton
 from mpinfer.models.halving import Halving
 from mpinfer.observe.account import Account
+from mpinfer.observe.recorder import Recorder
 from mpinfer.pipeline.links import Copied, Gathered, Links
 from mpinfer.pipeline.timing import steady_s
 from mpinfer.pipeline.worker import Worker
@@ -52,10 +53,10 @@ class DecodeRank:
         self.coordinates = plan.coordinates(endpoint.rank)
         self._layout = layout = plan.replica_of(endpoint.rank)
         self._endpoint, self._spec = endpoint, spec
-        self._account = Account()
+        self.account = Account(Recorder.of_world(endpoint.size, spec.output.trace))
         self._hidden_size, self._final_size, self._dtype = skeleton.hidden_size, skeleton.final_size, skeleton.dtype
-        endpoint.serving = lambda: self._account.phase("overhead")
-        self._links = Links(endpoint, self._account, spec.transport)
+        endpoint.serving = lambda: self.account.phase("overhead")
+        self._links = Links(endpoint, self.account, spec.transport)
         self._feed: RecordFeed | None = None
         self._step_tokens = max(spec.generate.step_tokens, layout.micro_batch)  # one of every sequence must fit
         length = skeleton.max_length if spec.generate.max_length == AUTO else spec.generate.max_length
@@ -89,7 +90,7 @@ class DecodeRank:
         self._inbox = self._first_inbox(skeleton, outbox, needs_logits) if self._part.first else self._activations()
         self._halving = Halving("" if shard is None else "its parts are on several shards")
         self._stage = DecodeStage(self._part, cache, on_the_way, self._halving, with_hidden=number == 0)
-        self._worker = Worker(self._inbox, self._stage, outbox, self._account)
+        self._worker = Worker(self._inbox, self._stage, outbox, self.account)
 
     def timed_steps(self, least_s: float) -> list[Timed]:
         """A full prefill step and decode steps, timed on this stage for so many seconds each. Also its warm-up; leaves
@@ -116,7 +117,7 @@ class DecodeRank:
 
     def run(self) -> None:
         """The loop, until the stream of steps ends."""
-        self._account.restart()
+        self.account.restart()
         self._links.restart()
         self._halving.count = 0
         with self._links.progressing():
@@ -132,7 +133,7 @@ class DecodeRank:
         """This rank's figures, all measured: seconds per phase, bytes over channels and in control messages."""
         feed_tokens = self._feed.tokens if self._feed else {"prompt_tokens": 0, "new_tokens": 0}
         return {
-            **{f"{phase}_s": seconds for phase, seconds in self._account.close().items()},
+            **{f"{phase}_s": seconds for phase, seconds in self.account.close().items()},
             **feed_tokens,
             **self._links.figures(),
             "weight_bytes": self._part.weight_bytes,
@@ -162,11 +163,11 @@ class DecodeRank:
         groups = layout.in_flight, layout.micro_batch
         scheduler = Scheduler(*groups, self._step_tokens, self._max_length, layout.kv_tokens)
         task = make_task(self._spec, skeleton, self._max_length, needs_logits)
-        self._feed = RecordFeed(self._endpoint, task, ahead=layout.micro_batch, account=self._account)
+        self._feed = RecordFeed(self._endpoint, task, ahead=layout.micro_batch, account=self.account)
         own = [outbox] if self._part.last else []
         others = [self._links.inbox(self._samples_of(shard)) for shard in range(len(own), layout.shards)]
         returned = [*own, *others]
-        finish = Finish(task, self._readout, self._final_size, self._account)
+        finish = Finish(task, self._readout, self._final_size, self.account)
         return DecodeRing(
             scheduler,
             layout.in_flight,

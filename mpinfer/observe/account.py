@@ -4,14 +4,21 @@ import time
 from types import TracebackType
 from typing import Literal, get_args
 
+from mpinfer.observe.recorder import Recorder
+
 Phase = Literal["compute", "send_wait", "receive_wait", "idle", "overhead"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
+_NUMBERS = {phase: number for number, phase in enumerate(PHASES)}
 
 
 class Account:
-    """Seconds per phase. Outside any `phase` block, time is overhead; nested blocks count for the inner phase."""
+    """Seconds per phase. Outside any `phase` block, time is overhead; nested blocks count for the inner phase.
 
-    def __init__(self) -> None:
+    `recorder` is told of each phase that is over.
+    """
+
+    def __init__(self, recorder: Recorder | None = None) -> None:
+        self.recorder = recorder or Recorder()
         self.seconds: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
         self._current: Phase = "overhead"
         self._since = time.perf_counter()
@@ -24,6 +31,7 @@ class Account:
         now = time.perf_counter()
         previous = self._current
         self.seconds[previous] += now - self._since
+        self.recorder.add(_NUMBERS[previous], self._since, now)
         self._current, self._since = name, now
         return previous
 
@@ -31,6 +39,7 @@ class Account:
         """Forget what was counted: the loop begins now."""
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self._since = time.perf_counter()
+        self.recorder.restart(self._since)
 
     def close(self) -> dict[Phase, float]:
         self.switch("overhead")

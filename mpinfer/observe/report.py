@@ -25,13 +25,15 @@ def timing(
     before: Before,
     accounts: list[dict[str, Any]],
     lost: Collection[int] = (),
+    latency: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """What `timing.json` holds. Times in seconds; `wall_s` runs from the first record handed out
     to the last result, and rates exclude start-up and load.
 
     `bubble` is the share of all ranks' loop time spent waiting (for messages, for slots, for work); `overlap`
     the share of the time sends were in flight that no rank waited for them (null when nothing was sent);
-    `imbalance` how far the busiest rank's compute lies above the mean, as a fraction of the mean.
+    `imbalance` how far the busiest rank's compute lies above the mean, as a fraction of the mean; `latency_s` how long
+    records took from when a replica got them to their result, waiting in the replica included (null without any).
     """
     for account in accounts:
         # A rank that finished before the last one had nothing left to do.
@@ -57,6 +59,7 @@ def timing(
         "bubble": waits / (wall_s * len(accounts)),
         "overlap": max(0.0, 1 - send_wait_s / in_flight_s) if in_flight_s else None,
         "imbalance": max(compute) / mean - 1 if mean else 0.0,
+        "latency_s": latency,
         "ranks": accounts,
     }
 

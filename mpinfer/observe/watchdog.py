@@ -19,7 +19,7 @@ from typing import Protocol
 from mpinfer.errors import ExitCode
 
 _LOOK_EVERY_S = 0.5
-_BEATS = 12  # in the time that nothing may move for
+_BEATS, _BEAT_S = 12, 5.0  # in the time that nothing may move for, and at least every so many seconds
 _SILENT_BEATS = 4  # that a rank may be late with its own
 _EXPLAIN_S = 1.0  # for the others to explain themselves, too
 _BEGINNING = 10  # times as patient before the loop: a library or a tensor may come from storage in one piece
@@ -104,7 +104,7 @@ class Watchdog:
                 self._explain(now)
                 self._end(ExitCode.FAULT)
             if now >= self._beat_next and not self._over.is_set():
-                self._beat_next = now + self._timeout_s / _BEATS
+                self._beat_next = now + min(self._timeout_s / _BEATS, _BEAT_S)
                 signal.pthread_kill(self._main, _WAKE)
 
     def look(self, now: float) -> float:

@@ -27,11 +27,12 @@ class Links:
         self._groups: list[ShardGroup] = []
 
     def inbox(self, plan: ChannelPlan) -> MpiInbox:
-        self._inboxes.append(MpiInbox(self._endpoint, plan, self.waiting))
+        self._inboxes.append(MpiInbox(self._endpoint, plan, self.waiting, self._note(plan, sent=False)))
         return self._inboxes[-1]
 
     def outbox(self, plan: ChannelPlan) -> MpiOutbox:
-        self._outboxes.append(MpiOutbox(self._endpoint, plan, self.waiting, self._transport.blocking))
+        blocking, note = self._transport.blocking, self._note(plan, sent=True)
+        self._outboxes.append(MpiOutbox(self._endpoint, plan, self.waiting, blocking, note))
         return self._outboxes[-1]
 
     def join_shards(self, layout: Replica, coordinates: Coordinates) -> tuple[Shard | None, Callable[[bool], bool]]:
@@ -74,6 +75,10 @@ class Links:
     def waiting(self, phase: Any) -> AbstractContextManager[None]:
         """Counts what happens inside for a phase of the account."""
         return self._account.phase(phase)
+
+    def _note(self, plan: ChannelPlan, sent: bool) -> Callable[[int], None]:
+        """Remembers when messages pass this end."""
+        return self._account.recorder.messages(plan.source, plan.destination, plan.tag, sent)
 
 
 class Gathered:

@@ -28,6 +28,7 @@ class Worker:
         for instruction in schedule:
             match instruction:
                 case Receive(micro_batch):
+                    self._account.recorder.step = micro_batch
                     x = self._inbox.take(micro_batch)
                     if x.is_end:
                         break

@@ -13,12 +13,14 @@ from mpinfer.errors import OutputError
 JOURNAL = "journal.jsonl"
 RESULTS = "results.jsonl"
 MANIFEST = "manifest.json"
+TIMING, TIMELINE, TRACE, REPORT, STATUS = "timing.json", "timeline.json", "trace.json", "report.html", "status.json"
 
 
-def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
+def write_atomically(path: Path, data: bytes | Iterable[bytes], durable: bool = True) -> None:
     """Write `data` to `path`: after a crash the file is the whole old one, the whole new one, or absent.
 
-    When this returns, the content and the name are durable. Raises `OutputError` when the file cannot be
+    When this returns, the content and the name are durable; with `durable` off they wait for the system, and only a
+    crash of this process, not of the machine, leaves the file whole. Raises `OutputError` when the file cannot be
     written; the file at `path` is then as it was.
     """
     temporary = path.with_name(path.name + ".tmp")
@@ -27,9 +29,11 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
             with open(temporary, "wb", opener=open_private) as file:
                 file.writelines([data] if isinstance(data, bytes) else data)
                 file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    os.fsync(file.fileno())
             os.replace(temporary, path)
-            sync_directory(path.parent)
+            if durable:
+                sync_directory(path.parent)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()

@@ -25,6 +25,14 @@ from mpinfer.transport.message import SAME_VERSIONS, TAGS, ChannelPlan, Message,
 Waiting = Callable[[str], AbstractContextManager[None]]
 """Accounts for time spent waiting: called with "send_wait" or "receive_wait"."""
 
+Note = Callable[[int], None]
+"""Called with a message's number when its send starts, or once it has been received."""
+
+
+def _unnoted(number: int) -> None:
+    """Nobody remembers messages."""
+
+
 _UNIT = MPI.BYTE.Create_contiguous(ALIGNMENT_BYTES).Commit()  # MPI counts to 2**31: with bytes a message ended at 2 GiB
 
 
@@ -41,8 +49,8 @@ def _body_tag(plan: ChannelPlan, slot: int) -> int:
 class MpiInbox:
     """The receiving end: one receive is posted in every slot before its message is needed."""
 
-    def __init__(self, endpoint: Endpoint, plan: ChannelPlan, waiting: Waiting) -> None:
-        self._endpoint, self._plan, self._waiting = endpoint, plan, waiting
+    def __init__(self, endpoint: Endpoint, plan: ChannelPlan, waiting: Waiting, note: Note = _unnoted) -> None:
+        self._endpoint, self._plan, self._waiting, self._note = endpoint, plan, waiting, note
         data = endpoint.data
         self._slots = [ReceiveSlot(plan, endpoint.epoch) for _ in range(plan.depth)]
         self._heads = [data.Recv_init(_memory(s.head, plan.head_bytes), plan.source, plan.tag) for s in self._slots]
@@ -76,6 +84,7 @@ class MpiInbox:
         elif body_bytes:
             self._used.append(self._bodies[index])
             slot.check_body(self._complete(self._bodies[index]), self._number)
+        self._note(self._number)
         self._number += 1
         return slot.message(beyond)
 
@@ -157,8 +166,10 @@ class _Sending:
 class MpiOutbox:
     """The sending end: a send is waited for only when its slot is needed again."""
 
-    def __init__(self, endpoint: Endpoint, plan: ChannelPlan, waiting: Waiting, blocking: bool) -> None:
-        self._endpoint, self._plan, self._waiting = endpoint, plan, waiting
+    def __init__(
+        self, endpoint: Endpoint, plan: ChannelPlan, waiting: Waiting, blocking: bool, note: Note = _unnoted
+    ) -> None:
+        self._endpoint, self._plan, self._waiting, self._note = endpoint, plan, waiting, note
         self._blocking = blocking
         self._slots = [_Sending(endpoint, plan, index) for index in range(plan.depth)]
         self._in_flight: deque[_Sending] = deque()  # in order
@@ -172,6 +183,7 @@ class MpiOutbox:
         if len(self._in_flight) == self._plan.depth:
             self._wait_for(self._plan.depth - 1)
         slot = self._slots[self._number % self._plan.depth]
+        self._note(self._number)
         self.bytes_sent += slot.start(message, self._number)
         self._in_flight.append(slot)
         self._number += 1

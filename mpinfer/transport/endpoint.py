@@ -64,6 +64,8 @@ class Endpoint:
         self._handlers: dict[str, Handler] = {}
         self.lost: set[int] = set()  # ranks that have died, where MPI tolerates that
         self.when_lost: Callable[[set[int]], None] = _end_without
+        # Told the exit code before this rank ends the world; must not wait.
+        self.last_words: Callable[[int], None] = lambda code: None
         self.serving: Callable[[], AbstractContextManager[Any]] = nullcontext  # accounts for the time of handlers
         self.control_bytes_sent = 0
         self.control_bytes_received = 0
@@ -220,6 +222,7 @@ class Endpoint:
         alone = threading.Timer(_ABORT_S, os._exit, [int(code)])
         alone.daemon = True
         alone.start()
+        self.last_words(int(code))
         sys.stdout.flush()
         sys.stderr.flush()
         time.sleep(_FORWARD_S)

@@ -26,7 +26,7 @@ INLINE_BYTES = 2**15
 """Up to here copying tensors into the head costs less than a second message."""
 
 TAGS = 64
-"""Tags of channels are below; the transport uses those above for bodies."""
+"""Tags of channels are below, and above 0, with which clocks are compared; those from here on are of bodies."""
 
 Value = torch.Tensor | int
 
@@ -70,8 +70,8 @@ class ChannelPlan:
     wire: Wire = "none"  # how tensors of floats are encoded
 
     def __post_init__(self) -> None:
-        if not 0 <= self.tag < TAGS:
-            raise ValueError(f"tag {self.tag} of a channel: must be from 0 to {TAGS - 1}")
+        if not 0 < self.tag < TAGS:
+            raise ValueError(f"tag {self.tag} of a channel: must be from 1 to {TAGS - 1}")
 
     def __str__(self) -> str:
         return f"channel from rank {self.source} to rank {self.destination}, tag {self.tag}"

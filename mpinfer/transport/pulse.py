@@ -6,7 +6,9 @@ hosts differ. Those messages have a communicator of their own, and are no moveme
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from mpi4py import MPI
 
@@ -51,6 +53,8 @@ class _Sign:
     heard_s: float
     waiting: bool = False
     doing: str = "starting"
+    moved_s: float | None = None  # when it last got on with anything
+    vitals: Any = None  # as `Pulse.vitals` of that rank made them
 
 
 class Pulse:
@@ -63,6 +67,7 @@ class Pulse:
         self.signs = {rank: _Sign(now) for rank in others}
         self._sends: dict[int, tuple[MPI.Request, bytes]] = {}
         self._others_moved_s = now
+        self.vitals: Callable[[], Any] = lambda: None  # what else rank 0 hears of this one; JSON-able, and small
 
     @property
     def moved_s(self) -> float:
@@ -94,7 +99,8 @@ class Pulse:
         self._take_in()
         is_coordinator = self._comm.rank == _COORDINATOR
         moved_s = self.moved_s if is_coordinator else self._activity.moved_s  # nobody hears its own news again
-        news = [time.monotonic() - moved_s, self._activity.waiting, str(self._activity)]
+        vitals = None if is_coordinator else self.vitals()
+        news = [time.monotonic() - moved_s, self._activity.waiting, str(self._activity), vitals]
         body = json.dumps(news).encode()
         for rank in list(self.signs):
             last = self._sends.get(rank)
@@ -106,7 +112,7 @@ class Pulse:
         while (message := self._comm.Improbe(MPI.ANY_SOURCE, _TAG, status)) is not None:
             body = bytearray(status.Get_count(MPI.BYTE))
             message.Recv([body, MPI.BYTE])
-            age_s, waiting, doing = json.loads(body)
+            age_s, waiting, doing, vitals = json.loads(body)
             now = time.monotonic()
-            self.signs[status.Get_source()] = _Sign(now, waiting, doing)
+            self.signs[status.Get_source()] = _Sign(now, waiting, doing, now - age_s, vitals)
             self._others_moved_s = max(self._others_moved_s, now - age_s)

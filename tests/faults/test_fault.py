@@ -79,12 +79,18 @@ def test_rank_0_that_cannot_write_takes_the_world_with_it(
     assert f"mpinfer: fatal on {where}: {output}/{problem}" in run.stderr
     assert "nothing has moved" not in run.stderr
     assert verify(mpi, output) == (False, journaled(output))
+    assert state(output) in ("starting", "running")  # it could not write that either
 
 
 def journaled(output: Path) -> int:
     """Results that the journal holds, in whole lines; the first line is its header."""
     journal = output / "journal.jsonl"
     return max(0, journal.read_bytes().count(b"\n") - 1) if journal.exists() else 0
+
+
+def state(output: Path) -> str:
+    """What `status.json` says last."""
+    return json.loads((output / "status.json").read_text())["state"]
 
 
 def verify(mpi: Mpi, output: Path) -> tuple[bool, int]:

@@ -1,5 +1,6 @@
 """Where MPI outlives ranks that die (Open MPI, `mpirun --with-ft ulfm`), the other replicas finish the run."""
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from harness import Mpi, World, complete_run, find_mpis, read_timing, require
-from test_fault import END_S, START_S, journaled, verify
+from test_fault import END_S, START_S, journaled, state, verify
 
 RUN_S = 280
 # Slow enough to be killed in the midst, quick enough for what is left.
@@ -57,7 +58,10 @@ def test_other_replicas_go_on(
     assert verify(tolerant, output) == (True, total)
     timing = read_timing(output)
     assert timing["lost_ranks"] == [victim]
-    assert [account["rank"] for account in timing["ranks"]] == [rank for rank in range(4) if rank != victim]
+    left = [rank for rank in range(4) if rank != victim]
+    assert [account["rank"] for account in timing["ranks"]] == left
+    assert [row["rank"] for row in json.loads((output / "timeline.json").read_text())["ranks"]] == left
+    assert state(output) == "complete"
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """A run that is told to stop ends in order, and goes on where it was."""
 
+import json
 import os
 import signal
 import time
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from harness import FAULTY_RANK, Mpi, World, complete_run
-from test_fault import END_S, SLOWLY, START_S, journaled, verify
+from test_fault import END_S, SLOWLY, START_S, journaled, state, verify
 
 INTERRUPTED = 4
 DRAIN_S = 60  # at most: sequences that have begun, on a busy machine
@@ -35,6 +36,8 @@ def test_told_run_finishes_what_has_begun(
     assert run.stderr.count("mpinfer: told to stop") == 1
     assert f"stopped, {kept} of {total} records done; --resume goes on" in run.stderr
     assert verify(mpi, output) == (False, kept)
+    assert state(output) == "interrupted"
+    assert json.loads((output / "trace.json").read_text())["traceEvents"]
     complete_run(mpi, 2, long_job, output, "parallel.stages=2", resume=True)
     assert (output / "results.jsonl").read_bytes() == unbroken
 
@@ -76,3 +79,4 @@ def test_told_run_that_loads_ends_at_once(one_mpi: Mpi, number: signal.Signals, 
     assert run.returncode == INTERRUPTED, run.stderr
     assert run.stderr.count("nothing was in hand; --resume continues the run") == 1
     assert verify(one_mpi, output) == (False, 0)
+    assert state(output) in ("starting", "interrupted")  # if there was time to say so

@@ -131,9 +131,10 @@ def test_words_beyond_the_plan_are_refused():
         SendSlot(plan_of(64), EPOCH).write(Message(np.zeros(15, dtype=np.int32)), 0)
 
 
-def test_a_tag_of_the_transport_is_refused():
-    with pytest.raises(ValueError, match="tag 64 of a channel: must be from 0 to 63"):
-        plan_of(64, tag=64)
+@pytest.mark.parametrize("tag", [0, 64])
+def test_a_tag_of_the_transport_is_refused(tag):
+    with pytest.raises(ValueError, match=f"tag {tag} of a channel: must be from 1 to 63"):
+        plan_of(64, tag=tag)
 
 
 @pytest.mark.parametrize(
