@@ -13,15 +13,19 @@ from mpinfer.version import VERSION
 
 
 def main(argv: list[str] | None = None) -> int:
-    words = sys.argv[1:] if argv is None else argv
-    # `bench transport` is a command of its own, of two words; a job file of that name is ./transport.
-    joined = [_BENCH_TRANSPORT, *words[2:]] if words[:2] == _BENCH_TRANSPORT.split() else words
-    arguments = _parser().parse_args(joined, argparse.Namespace(words=words))
+    arguments = parse(sys.argv[1:] if argv is None else argv)
     try:
         return int(arguments.command(arguments))
     except MpinferError as error:
         print(f"mpinfer: error: {error}", file=sys.stderr)
         return int(error.exit_code)
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """The arguments of a command line; ends the program where it is wrong."""
+    # `bench transport` is a command of its own, of two words; a job file of that name is ./transport.
+    joined = [_BENCH_TRANSPORT, *words[2:]] if words[:2] == _BENCH_TRANSPORT.split() else words
+    return _parser().parse_args(joined, argparse.Namespace(words=words))
 
 
 def _parser() -> argparse.ArgumentParser:

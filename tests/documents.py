@@ -32,6 +32,9 @@ NOT_RUN = {
     "tests/run.sh tests/unit -k scheduler": _SUITE,
     ".venv/bin/pytest -m 'not mpi'": _SUITE,
     ".venv/bin/pre-commit install": "changes the checkout it is run in",
+    "mpinfer bench jobs/quickstart.yaml -n 1,2,4 --strategies data,pipeline,tensor,int8": (
+        "starts a dozen worlds for each round; tests/mpi/test_laboratory_run.py has a smaller one"
+    ),
     "sbatch quickstart.sbatch": "tests/mpi/test_slurm.py submits such scripts to a Slurm of its own",
     "mpirun --with-ft ulfm -n 4 mpinfer run jobs/quickstart.yaml --resume": (
         "needs Open MPI; tests/faults/test_lost_replica.py starts worlds so"

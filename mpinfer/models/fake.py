@@ -14,7 +14,7 @@ from torch import nn
 from mpinfer.models.checkpoint import Checkpoint
 from mpinfer.models.sources import Slice, Source
 
-_STEP = 17  # numbers from a row of a tensor to the next
+_STEP = 17  # numbers from a row of a tensor to the next; one more to the next matrix
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,11 @@ def fill(name: str, target: torch.Tensor, part: Slice | None) -> None:
         row = _numbers(name, prod(shape)) * 0.01
         whole = (row if is_shift else 1 + row).reshape(shape)
     else:
-        columns = prod(shape[1:])
-        row = _numbers(name, (shape[0] - 1) * _STEP + columns) * columns**-0.5
-        strides = list(accumulate(reversed(shape[2:]), lambda a, b: a * b, initial=1))[::-1]
-        whole = row.as_strided(tuple(shape), (_STEP, *strides))
+        rows = len(shape) - 1 if "experts" in name else 1  # leading axes: those of a mixture hold matrices, not kernels
+        dense = list(accumulate(reversed(shape[rows + 1 :]), lambda a, b: a * b, initial=1))[::-1]
+        strides = (*range(_STEP, _STEP + rows), *dense)
+        row = _numbers(name, sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1)
+        whole = row.mul_(prod(shape[rows:]) ** -0.5).as_strided(tuple(shape), strides)
     if part is None:
         target.data.copy_(whole)
         return

@@ -26,14 +26,15 @@ from documents import (
     prose_commands,
 )
 
-from mpinfer.cli import _parser
+from mpinfer.cli import parse
 from mpinfer.cluster.describe import load_cluster
+from mpinfer.experiments.strategies import load_matrix
 from mpinfer.spec import load_spec
 
 FENCED = [(block.document, command) for block in blocks("sh") for command in block.commands]
 COMMANDS = [*FENCED, *prose_commands()]
 TITLES = {block.title for block in blocks()}
-NAMES = [[name] for name in ("completion", "launch", "plan", "run", "sbatch", "verify")]  # alone, in prose
+NAMES = [[name] for name in ("completion", "launch", "plan", "run", "sbatch", "top", "verify")]  # alone, in prose
 PLACEHOLDERS = {"JOB.yaml", "job.yaml"}
 
 _HELP = """
@@ -77,7 +78,7 @@ def test_mpinfer_takes_the_command(document: str, command: str, tmp_path: Path) 
     for program, *words in calls(command):
         if program != "mpinfer" or "--help" in words or words in NAMES:
             continue
-        arguments = _parser().parse_args([re.sub("^[A-Z]$", "1", word) for word in words])  # -n N
+        arguments = parse([re.sub("^[A-Z]$", "1", word) for word in words])  # -n N
         if "job" in arguments and arguments.job not in PLACEHOLDERS:
             job = titled(document, arguments.job, tmp_path) or REPO / arguments.job
             load_spec(job, arguments.overrides)
@@ -108,12 +109,14 @@ def test_benchmarks_take_their_options() -> None:
 
 
 @pytest.mark.parametrize("block", blocks("yaml"), ids=lambda block: f"{block.document}:{block.line}")
-def test_yaml_is_a_job_or_a_cluster(block: Block, tmp_path: Path) -> None:
+def test_yaml_is_a_job_a_cluster_or_a_matrix(block: Block, tmp_path: Path) -> None:
     path = tmp_path / "block.yaml"
     path.write_text(block.text, encoding="utf-8")
     tree = yaml.safe_load(block.text)
     if "nodes" in tree:
         load_cluster(path, sum(group["count"] * group["ranks"] for group in tree["nodes"]))
+    elif "strategies" in tree:
+        load_matrix(str(path))
     else:
         load_spec(path)
 
