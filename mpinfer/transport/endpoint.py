@@ -23,6 +23,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 from mpi4py import MPI
 
 from mpinfer.errors import ExitCode, MpinferError, TransportError
+from mpinfer.transport.control import ACCOUNT
 from mpinfer.transport.lost import acknowledge, is_loss
 from mpinfer.transport.pulse import Activity, Pulse
 
@@ -160,10 +161,11 @@ class Endpoint:
             self._receives.append((message.Irecv([buffer, MPI.BYTE]), buffer, status.Get_source()))
         while self._receives and self._receives[0][0].Test():
             _, buffer, source = self._receives.popleft()
-            self.control_bytes_received += len(buffer)
             self.activity.move()
             with self.serving():
                 kind, body = json.loads(buffer)
+                if kind != ACCOUNT:  # which no rank counts as sent: its account is closed by then
+                    self.control_bytes_received += len(buffer)
                 self._handlers[kind](source, body)
 
     def flush(self) -> None:

@@ -78,14 +78,14 @@ def break_run(mpi: Mpi, job: Path, output: Path, random: Random, late: bool) -> 
         if victim in world.ranks():  # else it was quick
             os.kill(world.ranks()[victim], signal.SIGKILL)
         killed = time.monotonic()
-        world.wait(END_S)
+        run = world.wait(END_S)
         end_s = time.monotonic() - killed
     now = journal_lines(output)
     where = (
         f"rank {victim} of {replicas}x{stages}x{shards}, {moment_s:.1f} s after {'a result' if late else 'the start'}"
     )
-    assert now[: len(lines)] == lines, f"{where}: lost results"
-    assert len(now) > max(1, len(lines)) or not late, f"{where}: no progress"
+    assert now[: len(lines)] == lines, f"{where}: lost results\n{run.stderr}"
+    assert len(now) > max(1, len(lines)) or not late, f"{where}: no progress\n{run.stderr}"
     return end_s
 
 
