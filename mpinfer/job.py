@@ -4,7 +4,6 @@ Every rank runs `run_job`; what a rank is gets decided once, by what is built fo
 """
 
 import json
-import os
 import platform
 import socket
 import sys
@@ -119,6 +118,7 @@ def _run(world: World, stop: Stop, read_spec: Callable[[], JobSpec], resume: boo
         return {"spec": look.spec.to_dict(), "done": done}
 
     told = agree(endpoint, first_look)
+    world.lap("job")
     spec = spec_from_dict(told["spec"])
     if spec.model.weights == FAKE:
         world.say("warning: model.weights=fake: results mean nothing; speed and memory are those of a real model")
@@ -148,7 +148,6 @@ def _compute(
     world: World, spec: JobSpec, layout: Layout, files: "OutputFiles | None", stop: Stop, watchdog: Watchdog
 ) -> ExitCode:
     """Load this rank's part and run it to the end of the job; `files` are rank 0's."""
-    start_s = _process_age_s()
     loading = time.perf_counter()
     build = layout.engine.build_rank
     rank = everywhere(
@@ -162,10 +161,12 @@ def _compute(
     if files is not None:
         left = len(files.records) - len(files.journal.done)
         expected = layout.expect(steps, left, files.records.lengths)
+        before = Before(world.laps, load_s, layout.planned_s, expected.wall_s)
+        parts = ", ".join(f"{part} {seconds:.2f}" for part, seconds in world.laps.items())
         world.say(
-            f"started in {start_s:.2f} s, loaded in {load_s:.2f} s, expecting to run for about {expected.wall_s:.3g} s"
+            f"started in {before.start_s:.2f} s ({parts}), loaded in {load_s:.2f} s, expecting to run for about "
+            f"{expected.wall_s:.3g} s"
         )
-        before = Before(start_s, load_s, layout.planned_s, expected.wall_s)
         return _coordinate(world, rank, layout, expected, files, before, stop)
     stop.drain(spec.stop.drain_limit_s)
     codes: list[int] = []
@@ -379,13 +380,6 @@ def _storage_bytes() -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), None)
-
-
-def _process_age_s() -> float:
-    """Seconds since the kernel started this process: imports and MPI's start included."""
-    started_ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    uptime_s = float(Path("/proc/uptime").read_text().split()[0])
-    return uptime_s - started_ticks / os.sysconf("SC_CLK_TCK")
 
 
 def examine_world() -> ExitCode:

@@ -107,7 +107,9 @@ def lay_out(world: World, spec: JobSpec, look: FirstLook | None) -> Layout:
 
     told = agree(world.endpoint, second_look)
     engine = everywhere(world.endpoint, lambda: engine or ENGINES[told["kind"]](spec, told["inputs"]))
+    world.lap("model")
     machine = _survey(world, spec)
+    world.lap("links")
     known: tuple[Estimator, ModelSummary] | None = None
     basis: Basis | None = None
 
@@ -121,6 +123,7 @@ def lay_out(world: World, spec: JobSpec, look: FirstLook | None) -> Layout:
     measuring_s = agree(world.endpoint, sample)
     own = everywhere(world.endpoint, lambda: engine.measure(device(world, spec), measuring_s))
     measured = world.endpoint.all_gather([_crowd(world), own])
+    world.lap("measuring")
 
     def plan_it() -> dict[str, Any]:
         nonlocal basis
@@ -144,6 +147,7 @@ def lay_out(world: World, spec: JobSpec, look: FirstLook | None) -> Layout:
     answer = agree(world.endpoint, plan_it)
     plan = Plan.from_dict(answer["plan"])
     world.place = str(plan.coordinates(world.endpoint.rank))
+    world.lap("plan")
     return Layout(engine, plan, told["needs_logits"], answer["wall_s"], basis)
 
 

@@ -6,8 +6,9 @@ import platform
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from mpinfer.cluster.binding import Binding, allowed_cores, apply_binding, choose_binding, cpu_quota, physical_cores
 from mpinfer.cluster.context import LaunchContext, check_world, read_context
@@ -32,6 +33,7 @@ class World:
     local_rank: int
     local_size: int
     place: str = "at start-up"  # for messages; coordinates once there is a plan
+    laps: dict[str, float] = field(default_factory=dict)  # seconds of each part of the start, in order
 
     @property
     def is_coordinator(self) -> bool:
@@ -46,6 +48,10 @@ class World:
     def cores_per_rank(self) -> float:
         """Below 1 where ranks share cores."""
         return len(self.binding.cores) / self.local_size if self.is_crowded else 1.0
+
+    def lap(self, part: str) -> None:
+        """A part of the start is over: it began with the end of the one before, the first with the process."""
+        self.laps[part] = _process_age_s() - sum(self.laps.values())
 
     def say(self, text: str) -> None:
         """Log from rank 0."""
@@ -95,6 +101,7 @@ def join_world(refuse_mixed: bool = True) -> World:
         world.say(f"warning: {text}")
     endpoint.shares_cores = world.is_crowded
     install_abort_hook(endpoint, lambda: str(world))
+    world.lap("mpi")
     return world
 
 
@@ -106,6 +113,13 @@ def check_model_copies(world: World, path: str) -> None:
     if len({node[1] for node in told if node is not None}) > 1:
         listed = endpoint.all_gather(None if files is None else [world.context.node, files])  # long; needed only now
         everywhere(endpoint, lambda: check_copies(path, dict(node for node in listed if node is not None)))
+
+
+def _process_age_s() -> float:
+    """Seconds since the kernel started this process: imports and MPI's start included."""
+    started_ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    uptime_s = float(Path("/proc/uptime").read_text().split()[0])
+    return uptime_s - started_ticks / os.sysconf("SC_CLK_TCK")
 
 
 def versions() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """The account of a run: `timing.json`, and the same as a table for people."""
 
-from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from mpinfer.observe.account import PHASES
@@ -12,10 +12,14 @@ from mpinfer.plan.layout import Plan
 class Before:
     """What was known when the loop began, in seconds, of rank 0."""
 
-    start_s: float  # from the start of the process to the plan: imports, MPI, reading the job, the model's shape
+    laps: Mapping[str, float]  # from the start of the process to the plan, by part
     load_s: float  # reading the weights and building channels, until the last rank was done
     planned_wall_s: float  # as predicted when the layout was chosen, of all records
     predicted_wall_s: float  # from steps timed on the loaded stages, of the records that are left
+
+    @property
+    def start_s(self) -> float:
+        return sum(self.laps.values())
 
 
 def timing(
@@ -47,7 +51,11 @@ def timing(
     mean = sum(compute) / len(compute)
     return {
         "wall_s": wall_s,
-        **asdict(before),
+        "start_s": before.start_s,
+        "start": {f"{part}_s": seconds for part, seconds in before.laps.items()},
+        "load_s": before.load_s,
+        "planned_wall_s": before.planned_wall_s,
+        "predicted_wall_s": before.predicted_wall_s,
         "plan": plan.summary(),
         "records": records,
         "lost_ranks": sorted(lost),

@@ -264,7 +264,7 @@ def account_of(rank, **seconds):
 def test_timing_adds_up():
     plan = Plan((Replica((0, 1), 2, 1, (0, 1, 2), 4, 2, 100, 1.0),))
     accounts = [account_of(0, compute=6, receive_wait=2, overhead=2), account_of(1, compute=3, send_wait=1, idle=4)]
-    report = timing(plan, 5, 10.0, Before(1.0, 2.0, 8.0, 9.0), accounts)
+    report = timing(plan, 5, 10.0, Before({"mpi": 0.75, "plan": 0.25}, 2.0, 8.0, 9.0), accounts)
     assert (report["plan"]["replicas"], report["plan"]["stages"], report["plan"]["cuts"]) == (1, 2, (0, 1, 2))
     assert report["plan"]["layouts"][0]["ranks"] == (0, 1)
     assert report["ranks"][1]["idle_s"] == 6.0  # it ended two seconds early
