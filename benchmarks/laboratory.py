@@ -1,6 +1,6 @@
 """Run the laboratory on SmolLM2 and EfficientNet, and write docs/laboratory.md: every strategy on 1, 2 and 4 ranks.
 
-    .venv/bin/python benchmarks/laboratory.py [--ranks 1,2,4] [--repeats 1] [--strategies A,B] [--photographs 128]
+    .venv/bin/python benchmarks/laboratory.py [--ranks 1,2,4] [--repeats 1] [--strategies A,B] [--photographs 512]
 
 A rank computes with one thread, so that twice the ranks are twice the cores, as long as there are any. Needs the models
 of launch/fetch_smollm2.sh and launch/fetch_efficientnet.sh, and a machine that does nothing else meanwhile.
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--ranks", default="1,2,4", metavar="N,...", help="(%(default)s)")
     parser.add_argument("--repeats", type=int, default=1, metavar="N", help="(%(default)s)")
     parser.add_argument("--strategies", default=STRATEGIES, metavar="A,...", help="(%(default)s)")
-    parser.add_argument("--photographs", type=int, default=128, metavar="N", help="(%(default)s)")
+    parser.add_argument("--photographs", type=int, default=512, metavar="N", help="(%(default)s)")
     options = parser.parse_args()
     shutil.rmtree(ROOT / OUTPUT, ignore_errors=True)
     photographs = repeat_photographs(options.photographs)

@@ -36,7 +36,7 @@ COLUMNS = (
 
 
 def as_text(report: dict[str, Any]) -> str:
-    rows = report["rows"]
+    rows = _started(report)
     cells = [[column.head for column in COLUMNS], *(_cells(row) for row in rows if row["status"] == "complete")]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
@@ -58,7 +58,7 @@ def as_markdown(report: dict[str, Any]) -> str:
         _line(column.head for column in COLUMNS),
         _line("---" if column.is_text else "---:" for column in COLUMNS),
     ]
-    for row in report["rows"]:
+    for row in _started(report):
         if row["status"] == "complete":
             lines.append(_line(_cells(row)))
         else:
@@ -104,6 +104,11 @@ def _difference(row: Row) -> str:
     return ", ".join(parts) or "results of other shapes"
 
 
+def _started(report: dict[str, Any]) -> list[Row]:
+    """Rows of the table; of what was skipped a note will do."""
+    return [row for row in report["rows"] if row["status"] != "skipped"]
+
+
 def _notes(report: dict[str, Any]) -> list[str]:
     rows = [row for row in report["rows"] if row["status"] == "complete"]
     bounds = report["bounds"]
@@ -138,13 +143,19 @@ def _notes(report: dict[str, Any]) -> list[str]:
             )
         if row["failed_records"]:
             notes.append(f"{row['strategy']} on {row['ranks']}: {row['failed_records']} records failed")
+    skipped: dict[tuple[int, str], list[str]] = {}
+    for row in report["rows"]:
+        if row["status"] == "skipped":
+            skipped.setdefault((row["ranks"], row["problem"]), []).append(row["strategy"])
+    notes += [f"{', '.join(names)} on {ranks}: skipped: {why}" for (ranks, why), names in skipped.items()]
     if report["fake_weights"]:
         notes.append("weights are fake: speed and memory are those of a real model, results mean nothing")
     return notes
 
 
 def _walls(row: Row) -> str:
-    return f"{row['wall_s']:.2f} s ({row['wall_lowest_s']:.2f}..{row['wall_highest_s']:.2f})"
+    spread = f" ({row['wall_lowest_s']:.2f}..{row['wall_highest_s']:.2f})" if row["runs"] > 1 else ""
+    return f"{row['wall_s']:.2f} s{spread}"
 
 
 def _cells(row: Row) -> list[str]:
