@@ -21,26 +21,23 @@ _CLEAR = "\x1b[H\x1b[2J"
 
 def watch(directory: Path, every_s: float, once: bool) -> ExitCode:
     """Show the run until it has ended, or once. Raises `SpecError` where there is no status."""
+    path = directory / "status.json"
     try:
         while True:
-            status = read_status(directory / "status.json")
-            text = "\n".join(frame(status, time.time(), shutil.get_terminal_size().columns, str(directory)))
-            print(text if once else _CLEAR + text, flush=True)
+            try:
+                status = json.loads(path.read_text(encoding="utf-8"))
+                lines = list(frame(status, time.time(), shutil.get_terminal_size().columns, str(directory)))
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise SpecError(
+                    f"{path}: cannot be read as this version's status ({error!r}); "
+                    "give the output.path of a run that has begun"
+                ) from None
+            print("\n".join(lines) if once else _CLEAR + "\n".join(lines), flush=True)
             if once or status["state"] in ENDS:
                 return ExitCode.COMPLETE
             time.sleep(every_s)
     except KeyboardInterrupt:
         return ExitCode.COMPLETE
-
-
-def read_status(path: Path) -> dict[str, Any]:
-    try:
-        status = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(status, dict) or "state" not in status:
-            raise ValueError("it has no state")
-    except (OSError, ValueError) as error:
-        raise SpecError(f"{path}: cannot be read ({error}); give the output.path of a run that has begun") from None
-    return status
 
 
 def frame(status: dict[str, Any], now: float, width: int, title: str) -> Iterator[str]:

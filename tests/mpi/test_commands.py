@@ -33,7 +33,7 @@ def test_help_loads_nothing_heavy() -> None:
 
 
 def test_plan_shows_stages(one_mpi: Mpi, tiny: Tiny) -> None:
-    options = ["--ranks", 6, "--set", "parallel.stages=3"]
+    options = ["--ranks", 6, "--set", "parallel.stages=3", "--set", "parallel.shards=1"]
     plan = mpirun(one_mpi, None, ["mpinfer", "plan", tiny.job, *options])
     assert plan.returncode == 0, plan.stderr
     assert "2 replicas x 3 stages x 1 shards = 6 ranks" in plan.stdout
@@ -45,7 +45,7 @@ def test_plan_shows_stages(one_mpi: Mpi, tiny: Tiny) -> None:
 
 
 def test_plan_as_json(one_mpi: Mpi, tiny: Tiny) -> None:
-    options = ["--ranks", 6, "--set", "parallel.stages=3", "--json"]
+    options = ["--ranks", 6, "--set", "parallel.stages=3", "--set", "parallel.shards=1", "--json"]
     plan = mpirun(one_mpi, None, ["mpinfer", "plan", tiny.job, *options])
     assert plan.returncode == 0, plan.stderr
     layout = json.loads(plan.stdout)

@@ -115,7 +115,7 @@ def test_top_ends_with_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "\x1b" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("held", [None, "{", "[]", "{}"])
+@pytest.mark.parametrize("held", [None, "{", "[]", "{}", '{"state": "running"}'])
 def test_top_refuses_what_is_no_status(held: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if held is not None:
         (tmp_path / "status.json").write_text(held)
