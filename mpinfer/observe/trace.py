@@ -1,6 +1,6 @@
 """`trace.json`: the phases of every rank and the messages between them, for Perfetto or chrome://tracing.
 
-A process a rank; clocks are rank 0's, and time 0 is when the first rank began. What was not kept shows as one span.
+A process a rank; clocks are rank 0's, and time 0 is when the first of them began. What was not kept shows as one span.
 """
 
 import json
@@ -21,7 +21,8 @@ def trace_json(
 ) -> Iterator[bytes]:
     """The file, piece by piece. `ranks` as `timing.json` has them, and what each has recorded, in the same order;
     results that came to rank 0, and when it began to count them."""
-    origin_s = min(trace["origin_s"] + trace["clock"]["offset_s"] for trace in traces)
+    # Perfetto drops what is before time 0.
+    origin_s = min(records_origin_s, *(trace["origin_s"] + trace["clock"]["offset_s"] for trace in traces))
     clocks = {str(rank["rank"]): trace["clock"] for rank, trace in zip(ranks, traces, strict=True)}
     yield f'{{"displayTimeUnit":"ms","otherData":{json.dumps({"clocks": clocks})},"traceEvents":[\n'.encode()
     yield b",\n".join(_counter(records, records_origin_s - origin_s))

@@ -1,7 +1,9 @@
 """What one sees of a run of four ranks: trace.json, timeline.json, report.html, status.json; and clocks that agree."""
 
 import json
+import shutil
 import stat
+import subprocess
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -52,8 +54,29 @@ def test_the_trace_of_a_run(output: Path) -> None:
     for event in by_kind["X"]:
         computed[event["pid"]] += event["dur"] / 1e6 * (event["name"] == "compute")
     assert computed == pytest.approx({rank["rank"]: rank["compute_s"] for rank in ranks}, abs=1e-3)
+    assert min(event["ts"] for kind in "XCsf" for event in by_kind[kind]) == 0
     assert_messages_go_forward(by_kind, trace["otherData"]["clocks"])
     assert max(event["args"]["records"] for event in by_kind["C"]) == 24
+
+
+@pytest.mark.skipif(not shutil.which("trace_processor_shell"), reason="needs Perfetto's trace_processor_shell in PATH")
+def test_perfetto_takes_the_whole_trace(output: Path) -> None:
+    trace = json.loads((output / "trace.json").read_text())["traceEvents"]
+    queries = (
+        "select count(*) from slice",
+        "select count(*) from flow",
+        "select count(*) from counter",
+        "select count(*) from stats where severity in ('error', 'data_loss') and value > 0",
+    )
+    found = [perfetto(output / "trace.json", query) for query in queries]
+    assert found == [*(sum(event["ph"] == kind for event in trace) for kind in "XsC"), 0]
+
+
+def perfetto(trace: Path, query: str) -> int:
+    """The one number that a query has as its answer."""
+    command = ["trace_processor_shell", "query", trace, query]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    return int(done.stdout.split()[-1])
 
 
 def assert_messages_go_forward(by_kind: dict[str, list[Any]], clocks: dict[str, Any]) -> None:

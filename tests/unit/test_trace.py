@@ -44,8 +44,8 @@ def results() -> Bins:
     return bins
 
 
-def events(traces: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    data = b"".join(trace_json(ranks(len(traces)), traces, results(), 50.0))
+def events(traces: list[dict[str, Any]], records_origin_s: float = 50.0) -> list[dict[str, Any]]:
+    data = b"".join(trace_json(ranks(len(traces)), traces, results(), records_origin_s))
     return json.loads(data)["traceEvents"]
 
 
@@ -66,6 +66,12 @@ def test_every_rank_is_a_process_on_the_clock_of_rank_0() -> None:
     done = [event["args"]["records"] for event in found if event["ph"] == "C"]
     assert done == sorted(done)
     assert done[-1] == 3
+
+
+def test_nothing_is_before_time_0() -> None:
+    found = events([recorded(50.0)], records_origin_s=49.5)
+    assert min(event["ts"] for event in found if event["ph"] == "C") == 0
+    assert min(event["ts"] for event in found if event["ph"] == "X") == 500_000
 
 
 def test_messages_are_drawn_where_both_ends_are_known() -> None:
