@@ -17,7 +17,7 @@ from typing import Any
 
 from planned_jobs import ROOT, mpinfer, settings
 
-IMPORTS = ("mpinfer.cli", "numpy", "mpi4py.MPI", "torch", "transformers.modeling_utils")
+IMPORTS = ("mpinfer.cli", "numpy", "mpinfer.transport.endpoint", "torch", "transformers.modeling_utils")
 SHORT = {"parallel.replicas": "auto", "parallel.stages": "auto", "input.limit": 1, "generate.max_new_tokens": 1}
 
 _TIMED = """
