@@ -32,7 +32,8 @@ _CONTROL_TAG = 1
 # Shards that compute the same wait for each other less than the first; a message on its way arrives within the second.
 _SPIN_S, _SPIN_SHARING_S = 1e-3, 50e-6
 _LONGEST_SLEEP_S, _LONGEST_SLEEP_SHARING_S = 0.25e-3, 1e-3
-_SLEEP_SHARE = 1 / 16  # of what has been waited already: a wait costs little and overshoots little, however long it is
+# Of what has been waited already: a wait costs little and overshoots little, however long it is.
+_SLEEP_SHARE, _SLEEP_SHARE_SHARING = 1 / 64, 1 / 16
 _COLLECTIVE_SLEEP_S = 10e-3  # start and end of a run, where ranks wait for seconds
 _FORWARD_S = 0.1  # for the launcher to pass on what a rank said last: an abort may overtake it
 _ABORT_S = 2.0  # for an abort to return, or what is flushed before it; then this process ends alone
@@ -92,6 +93,7 @@ class Endpoint:
         outer = self.activity.wait_for(operation)
         spin_s = _SPIN_SHARING_S if self.shares_cores else _SPIN_S
         longest_s = _LONGEST_SLEEP_SHARING_S if self.shares_cores else _LONGEST_SLEEP_S
+        share = _SLEEP_SHARE_SHARING if self.shares_cores else _SLEEP_SHARE
         started = time.perf_counter()
         while not done():
             self.progress()
@@ -99,7 +101,7 @@ class Endpoint:
             if waited_s < spin_s:
                 os.sched_yield()
             else:
-                time.sleep(min(_SLEEP_SHARE * waited_s, longest_s))
+                time.sleep(min(share * waited_s, longest_s))
         self.activity.resume(outer)
 
     @contextmanager
@@ -200,7 +202,7 @@ class Endpoint:
         started = time.perf_counter()
         while not request.Test():
             self.find_lost()
-            time.sleep(min(_SLEEP_SHARE * (time.perf_counter() - started), _COLLECTIVE_SLEEP_S))
+            time.sleep(min(_SLEEP_SHARE_SHARING * (time.perf_counter() - started), _COLLECTIVE_SLEEP_S))
         self.activity.resume(outer)
 
     # -- the data plane and the end ------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from mpinfer.errors import TransportError
 from mpinfer.spec import Wire
 from mpinfer.transport.codec import ALIGNMENT_BYTES, ENCODINGS, Encoded, Plain, Shape, encoding_of, padded
 
-INLINE_BYTES = 2**15
+INLINE_BYTES = 2**13
 """Up to here copying tensors into the head costs less than a second message."""
 
 TAGS = 64
