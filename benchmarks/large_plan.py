@@ -1,4 +1,4 @@
-"""How long it takes to plan a model and a cluster that nobody here has: Llama 3 70B's shape on 1,024 ranks of 128 nodes.
+"""How long it takes to plan a model and a cluster that nobody here has: Llama 3 70B's shape, 1,024 ranks of 128 nodes.
 
     .venv/bin/python benchmarks/large_plan.py [--records 100000] [--rounds 3]
 
