@@ -69,19 +69,19 @@ def main() -> None:
         job = write_job(Path(temporary), options.records)
         cluster = str(Path(temporary) / "cluster.yaml")
         command = [sys.executable, "-m", "mpinfer", "plan", str(job), "--ranks", str(RANKS), "--cluster", cluster]
-        walls_s, cores_s = [], []
+        walls_s, cpus_s = [], []
         for _ in range(options.rounds):
             started, used = time.perf_counter(), _cpu_s()
             done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
             walls_s.append(time.perf_counter() - started)
-            cores_s.append(_cpu_s() - used)
+            cpus_s.append(_cpu_s() - used)
             if done.returncode:
                 sys.exit(done.stderr)
         size_mb = (Path(temporary) / "records.jsonl").stat().st_size / 1e6
     print(done.stdout)
     print(
         f"{options.records} records of {size_mb:.0f} MB, {RANKS} ranks of {NODES} nodes: planned in "
-        f"{median(walls_s):.2f} s, {median(cores_s):.2f} s of CPU (medians of {options.rounds})"
+        f"{median(walls_s):.2f} s, {median(cpus_s):.2f} s of CPU (medians of {options.rounds})"
     )
 
 

@@ -27,10 +27,13 @@ def watch(directory: Path, every_s: float, once: bool) -> ExitCode:
             try:
                 status = json.loads(path.read_text(encoding="utf-8"))
                 lines = list(frame(status, time.time(), shutil.get_terminal_size().columns, str(directory)))
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError) as error:
                 raise SpecError(
-                    f"{path}: cannot be read as this version's status ({error!r}); "
-                    "give the output.path of a run that has begun"
+                    f"{path}: cannot be read ({error}); give the output.path of a run that has begun"
+                ) from None
+            except (KeyError, TypeError) as error:
+                raise SpecError(
+                    f"{path}: no status of this version of mpinfer ({error!r}); use the run's own"
                 ) from None
             print("\n".join(lines) if once else _CLEAR + "\n".join(lines), flush=True)
             if once or status["state"] in ENDS:

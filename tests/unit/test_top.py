@@ -115,12 +115,23 @@ def test_top_ends_with_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "\x1b" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("held", [None, "{", "[]", "{}", '{"state": "running"}'])
-def test_top_refuses_what_is_no_status(held: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("held", "says"),
+    [
+        (None, "cannot be read"),
+        ("{", "cannot be read"),
+        ("[]", "no status of this version"),
+        ("{}", "no status of this version"),
+        ('{"state": "running"}', "no status of this version"),
+    ],
+)
+def test_top_refuses_what_is_no_status(
+    held: str | None, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     if held is not None:
         (tmp_path / "status.json").write_text(held)
     assert main(["top", str(tmp_path), "--once"]) == 2
-    assert "status.json: cannot be read" in capsys.readouterr().err
+    assert f"status.json: {says}" in capsys.readouterr().err
 
 
 def test_the_states_of_a_run(tmp_path: Path) -> None:
