@@ -69,6 +69,13 @@ class ModelSpec:
             "of activations; needs `model.dtype: float32` and a CPU. On x86 without VNNI, activations have 7 bits."
         ),
     )
+    kernels: Literal["auto", "torch"] = rule(
+        "auto",
+        about=(
+            "`auto`: a decoder in float32 on a CPU uses kernels that the machine's C compiler makes at their first use "
+            "(they stay in `~/.cache/mpinfer`), torch's where there is no compiler. `torch`: torch's."
+        ),
+    )
     device: Literal["auto", "cpu", "cuda"] = rule(
         "auto",
         about="`auto`: this rank's GPU where torch sees one, else the CPU.",

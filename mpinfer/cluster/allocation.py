@@ -13,6 +13,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from mpinfer.directories import cache_directory
 from mpinfer.plan.machine import Link
 
 _KEPT = 32  # allocations
@@ -103,9 +104,7 @@ class LinkCache:
     """The file that remembers the links of one allocation. Nothing here raises: `problems` says what went wrong."""
 
     def __init__(self, key: str, environ: Mapping[str, str] = os.environ) -> None:
-        given = environ.get("XDG_CACHE_HOME", "")  # says nothing if it is relative
-        home = given if os.path.isabs(given) else os.path.expanduser("~/.cache")
-        self.path = Path(home, "mpinfer", f"links-{key}.json")
+        self.path = cache_directory(environ) / f"links-{key}.json"
         self.problems: list[str] = []
 
     def read(self) -> Measured | None:

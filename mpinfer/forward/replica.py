@@ -84,7 +84,7 @@ class ForwardRank:
             "new_tokens": 0,
             **self._links.figures(),
             "weight_bytes": self._part.weight_bytes,
-            "linear_kernels": dict(self._part.kernels),
+            "kernels": dict(self._part.kernels),
             "halved_batches": self._halving.count,
             "read_bytes": self._part.read_bytes,
             "read_s": self._load_s,

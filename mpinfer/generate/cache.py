@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from mpinfer.generate.scheduler import Segment
+from mpinfer.models.kernels import Kernels
 
 # Address space, not memory: Linux's flag for it, which Python names from 3.13 on.
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
@@ -29,15 +30,14 @@ class KVCache:
         self.slots, self.capacity, self.device = slots, capacity, device
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def layer(self, index: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def layer(self, index: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a layer, [slots, kv_heads, capacity, head_dim]; allocated at its first use.
 
         A head's keys lie side by side, since attention reads them one head after another.
         """
         if index not in self._layers:
-            _, kv_heads, head_dim = like.shape
             shape = (self.slots, kv_heads, self.capacity, head_dim)
-            self._layers[index] = (_zeros(shape, like.dtype, self.device), _zeros(shape, like.dtype, self.device))
+            self._layers[index] = (_zeros(shape, dtype, self.device), _zeros(shape, dtype, self.device))
         return self._layers[index]
 
     def release(self, slot: int) -> None:
@@ -52,8 +52,8 @@ class KVCache:
 class PackedStep:
     """The tokens of one step: where each stands in its sequence, and how they attend. Same for all layers."""
 
-    def __init__(self, cache: KVCache, segments: Sequence[Segment]) -> None:
-        self._cache = cache
+    def __init__(self, cache: KVCache, segments: Sequence[Segment], kernels: Kernels | None = None) -> None:
+        self._cache, self._kernels = cache, kernels
         device = cache.device
         starts = torch.tensor([s.start for s in segments])
         counts = torch.tensor([s.length for s in segments])
@@ -66,7 +66,7 @@ class PackedStep:
         ends = zip(offsets[1:].tolist(), segments, strict=True)
         samples = [row for end, s in ends for row in range(end - s.samples, end)]
         self.samples = torch.tensor(samples, dtype=torch.long, device=device)  # rows, [samples]
-        decoding = next((i for i, s in enumerate(segments) if s.length > 1), len(segments))
+        self._decoding = decoding = next((i for i, s in enumerate(segments) if s.length > 1), len(segments))
         self._runs = _runs(segments[:decoding])
         self._chunks = list(zip(offsets[decoding:-1].tolist(), segments[decoding:], strict=True))
         self._places_of: dict[int, torch.Tensor] = {}
@@ -83,11 +83,48 @@ class PackedStep:
         softcap: float | None = None,
     ) -> torch.Tensor:
         """Store keys and values, then attend from every token to its own sequence. [tokens, heads, head_dim]."""
-        keys, values = self._cache.layer(layer, key)
-        places = self._places(key.shape[1])
-        keys.view(-1, key.shape[2]).index_copy_(0, places, key.reshape(-1, key.shape[2]))
-        values.view(-1, value.shape[2]).index_copy_(0, places, value.reshape(-1, value.shape[2]))
-        output = torch.empty_like(query)
+        _, kv_heads, head_dim = key.shape
+        keys, values = self._cache.layer(layer, kv_heads, head_dim, key.dtype)
+        heads = torch.arange(kv_heads, device=key.device) * self._cache.capacity
+        places = (self._places(kv_heads)[:, None] + heads).flatten()  # in a layer seen as rows of head_dim
+        keys.view(-1, head_dim).index_copy_(0, places, key.reshape(-1, head_dim))
+        values.view(-1, head_dim).index_copy_(0, places, value.reshape(-1, head_dim))
+        return self._look_up(query, keys, values, scaling, sliding_window, softcap)
+
+    def attend_projected(
+        self,
+        layer: int,
+        projected: torch.Tensor,  # [tokens, (heads + 2 * kv_heads) * head_dim]
+        cosines: torch.Tensor,  # [tokens, head_dim]
+        sines: torch.Tensor,
+        norms: tuple[torch.Tensor, torch.Tensor, float] | None,
+        kv_heads: int,
+        head_dim: int,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """The same from queries, keys and values side by side, before norms and rotary embeddings. Needs kernels."""
+        assert self._kernels is not None
+        keys, values = self._cache.layer(layer, kv_heads, head_dim, projected.dtype)
+        places = self._places(kv_heads)
+        query = self._kernels.rotate_and_store(projected, cosines, sines, norms, keys, values, places)
+        return self._look_up(query, keys, values, scaling, sliding_window, softcap)
+
+    def _look_up(
+        self,
+        query: torch.Tensor,  # [tokens, heads, head_dim]
+        keys: torch.Tensor,  # [slots, kv_heads, capacity, head_dim]
+        values: torch.Tensor,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Attention to what is stored, that of this step included. [tokens, heads, head_dim]"""
+        output = query.new_empty(query.shape)
+        if self._kernels is not None and softcap is None:
+            self._look_up_compiled(self._kernels, query, keys, values, output, scaling, sliding_window)
+            return output
         for row, run in self._runs:
             # One token each of sequences in neighbouring slots. The heads that share a key form the query rows.
             rows = slice(row, row + len(run))
@@ -114,11 +151,29 @@ class PackedStep:
             output[rows] = _attention(q, k, v, mask, whole, scaling, softcap)[0].transpose(0, 1)
         return output
 
+    def _look_up_compiled(
+        self,
+        kernels: Kernels,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        output: torch.Tensor,
+        scaling: float,
+        window: int | None,
+    ) -> None:
+        if query.stride()[1:] != (query.shape[2], 1):
+            query = query.contiguous()
+        if self._decoding:
+            rows, places = slice(self._decoding), self._places(keys.shape[1])
+            kernels.attend_tokens(query[rows], keys, values, places, self.positions, output, scaling, window)
+        for row, segment in self._chunks:
+            rows, slot = slice(row, row + segment.length), segment.slot
+            kernels.attend_chunk(query[rows], keys[slot], values[slot], segment.start, output[rows], scaling, window)
+
     def _places(self, kv_heads: int) -> torch.Tensor:
-        """Where keys and values of every token and head go, in a layer seen as rows of head_dim. [tokens * kv_heads]"""
+        """Where keys and values of every token's first head go, in a layer seen as rows of head_dim. [tokens]"""
         if kv_heads not in self._places_of:
-            heads = self._slots[:, None] * kv_heads + torch.arange(kv_heads, device=self._slots.device)
-            self._places_of[kv_heads] = (heads * self._cache.capacity + self.positions[:, None]).flatten()
+            self._places_of[kv_heads] = self._slots * kv_heads * self._cache.capacity + self.positions
         return self._places_of[kv_heads]
 
     def _mask(

@@ -25,9 +25,8 @@ class DecodeEngine:
         from mpinfer.models.decoder import DecoderSkeleton
 
         self._spec = spec
-        self._skeleton = DecoderSkeleton(
-            Path(spec.model.path), spec.model.dtype, spec.model.quantize, spec.model.weights
-        )
+        model = spec.model
+        self._skeleton = DecoderSkeleton(Path(model.path), model.dtype, model.quantize, model.weights, model.kernels)
         self.kv_cache_bytes = None if spec.generate.kv_cache_gb == AUTO else int(spec.generate.kv_cache_gb * 1e9)
 
     @staticmethod

@@ -75,7 +75,7 @@ class DecodeStage:
         return Message(message.header, (found[0] if len(found) == 1 else torch.cat(found),))
 
     def _compute(self, piece: "_Piece") -> torch.Tensor:
-        step = PackedStep(self._cache, piece.segments)
+        step = PackedStep(self._cache, piece.segments, self._part.kernels)
         x = piece.x.to(self._cache.device)
         y = self._part(x[:, 0] if self._part.first else x, step.positions, step)
         if not self._part.last:

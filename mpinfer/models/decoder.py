@@ -9,7 +9,7 @@ comes from the model's own pipeline plan.
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from mpinfer.models import attention
 from mpinfer.models.checkpoint import Checkpoint
 from mpinfer.models.fake import fake_sources
 from mpinfer.models.fused import FusedLinear, FusedMember, concatenated, find_group
+from mpinfer.models.kernels import Kernels, find_kernels
 from mpinfer.models.linear import LayerTuner, packed_bytes
 from mpinfer.models.meta import parameters_on_meta
+from mpinfer.models.quick import quicken
 from mpinfer.models.sources import Slice, Source, computed_buffers, find_sources
 from mpinfer.models.tensor_parallel import (
     LayerSplit,
@@ -60,9 +62,11 @@ class DecoderSkeleton:
     the directory is damaged or holds a model that cannot be run this way.
     """
 
-    def __init__(self, directory: Path, dtype: str, quantize: str = "none", weights: str = AUTO) -> None:
+    def __init__(
+        self, directory: Path, dtype: str, quantize: str = "none", weights: str = AUTO, kernels: str = AUTO
+    ) -> None:
         self.directory = directory
-        self._quantize = quantize
+        self._quantize, self._kernels = quantize, kernels
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.checkpoint = Checkpoint.of(directory, {}) if weights == FAKE else Checkpoint(directory)
         self.config = _load_config(directory)
@@ -166,14 +170,27 @@ class DecoderSkeleton:
         self._drop_others(start, stop)
         joints = {} if shard is None else self._keep_shard(start, stop, shard)
         self._keep_vocabulary(vocabulary)
-        tuner = LayerTuner(rows, self._quantize)
+        kernels, problem = find_kernels(self._kernels, device, self.dtype)
+        tuner = LayerTuner(rows, self._quantize, kernels)
         read_bytes = self._fill(device, tuner)
+        if kernels is not None:
+            tuner.used.update(quicken(self.model, kernels))
         for path, join in joints.items():  # around what the tuner made of them
             self.model.set_submodule(path, join(self.model.get_submodule(path)))
         self.model.to(device)  # the buffers that are computed, not loaded
         shortcut = _Shortcut(body)
         return DecoderPart(
-            self.model, entry, shortcut, vocabulary, self.final_size, first, last, read_bytes, tuner.kernels
+            self.model,
+            entry,
+            shortcut,
+            vocabulary,
+            self.final_size,
+            first,
+            last,
+            read_bytes,
+            kernels,
+            tuner.used,
+            problem,
         )
 
     def _fill(self, device: str, tuner: LayerTuner) -> int:
@@ -214,7 +231,8 @@ class DecoderSkeleton:
         layers = [self.model.get_submodule(f"{parent}.{other}") for other in names]
         if any(layer.weight.is_meta for layer in layers):
             return
-        group = FusedLinear(tuner.tune(concatenated(layers)), [layer.out_features for layer in layers])
+        widths = [layer.out_features for layer in layers]
+        group = FusedLinear(tuner.tune(concatenated(layers)), layers[0].in_features, widths)
         for member, other in enumerate(names):
             self.model.set_submodule(f"{parent}.{other}", FusedMember(group, member))
 
@@ -298,7 +316,9 @@ class DecoderPart(nn.Module):
         first: bool,
         last: bool,
         read_bytes: int,
-        kernels: dict[str, int],
+        kernels: Kernels | None,
+        used: Mapping[str, int],
+        problem: str,
     ) -> None:
         super().__init__()
         self.model = model
@@ -307,7 +327,8 @@ class DecoderPart(nn.Module):
         self.final_size = final_size  # of the hidden states that logits are computed from
         self.first, self.last = first, last
         self.read_bytes = read_bytes
-        self.kernels = dict(kernels)  # linear layers by the kernel they use
+        self.kernels, self.kernels_problem = kernels, problem
+        self.used = dict(used)  # modules by the kernel they use
 
     @property
     def weight_bytes(self) -> int:

@@ -18,9 +18,9 @@ GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 class FusedLinear(nn.Module):
     """The layers of a group; `whole` computes all of their outputs side by side."""
 
-    def __init__(self, whole: nn.Module, widths: Sequence[int]) -> None:
+    def __init__(self, whole: nn.Module, in_features: int, widths: Sequence[int]) -> None:
         super().__init__()
-        self.whole, self.widths = whole, list(widths)
+        self.whole, self.in_features, self.widths = whole, in_features, list(widths)
         self._input: torch.Tensor | None = None  # held, so that no other tensor can be taken for it
         self._outputs: tuple[torch.Tensor, ...] = ()
 

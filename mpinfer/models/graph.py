@@ -366,7 +366,7 @@ class _Loader:
             graphs.append(graph)
         blocks = [fx.GraphModule(self._root, graph) for graph in graphs]
         for tuner in self._tuners.values():
-            self._kernels.update(tuner.kernels)
+            self._kernels.update(tuner.used)
         outputs = list(self._program.outputs) if boundaries[-1] == self._cutter.end else []
         axes = self._axes(boundaries[0]), self._axes(boundaries[-1])
         return GraphPart(blocks, axes, outputs, self._root, self._read_bytes, self._kernels, self._device, on_block)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mpinfer.models.convolution import PackedConvolution
+from mpinfer.models.kernels import Kernels
 from mpinfer.models.quantize import Int8Embedding, Int8Linear
 
 _REPEATS = 5
@@ -31,13 +32,13 @@ class PackedLinear(nn.Module):
 
 
 class LayerTuner:
-    """Replaces layers as they are loaded. `kernels` counts them by the kernel they got."""
+    """Replaces layers as they are loaded. `used` counts them by the kernel they got."""
 
-    def __init__(self, rows: int, quantize: str = "none") -> None:
+    def __init__(self, rows: int, quantize: str = "none", kernels: Kernels | None = None) -> None:
         self._rows = rows  # of a typical input
-        self._quantize = quantize
+        self._quantize, self._kernels = quantize, kernels
         self._packing_pays: dict[torch.Size, bool] = {}
-        self.kernels: Counter[str] = Counter()
+        self.used: Counter[str] = Counter()
 
     @torch.inference_mode()
     def tune(self, layer: nn.Module) -> nn.Module:
@@ -48,18 +49,18 @@ class LayerTuner:
             return layer
         packed = PackedLinear(layer) if _can_pack(layer.weight) else None
         pays = packed is not None and self._pays(packed, layer)
-        self.kernels["onednn" if pays else "torch"] += 1
+        self.used["onednn" if pays else "torch"] += 1
         return packed if packed is not None and pays else layer
 
     def _to_int8(self, layer: nn.Module) -> nn.Module:
         quantized: nn.Module = layer
         if type(layer) is nn.Linear:
-            quantized = Int8Linear(layer)
+            quantized = Int8Linear(layer, self._kernels)
         elif type(layer) is nn.Embedding:
             quantized = Int8Embedding(layer)
         elif not any(p.dim() > 1 for p in layer.parameters(recurse=False)):
             return layer  # a norm, or a module of modules: nothing to compress
-        self.kernels["torch" if quantized is layer else "int8"] += 1
+        self.used["torch" if quantized is layer else "int8"] += 1
         return quantized
 
     def _pays(self, packed: PackedLinear, layer: nn.Linear) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mpinfer.errors import ModelError
+from mpinfer.models.kernels import Kernels
 
 _BLOCK = 64  # inputs that are rotated together; with 16, SmolLM2 loses 1.5 times as much, and 64 cost little more
 _CHUNK_ROWS = 4096  # rows of a weight that are quantized at a time, to keep temporaries small
@@ -23,7 +24,7 @@ class Int8Linear(nn.Module):
     Raises `ModelError` where torch has no such kernel.
     """
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, layer: nn.Linear, kernels: Kernels | None = None) -> None:
         super().__init__()
         if layer.weight.device.type != "cpu" or not hasattr(torch.ops.onednn, "qlinear_prepack"):
             raise ModelError(
@@ -31,6 +32,7 @@ class Int8Linear(nn.Module):
                 "use model.quantize=none"
             )
         # Codes are 1 to 255, and 1 to 127 without VNNI, where two products are summed in 16 bits.
+        self._kernels = kernels
         self._levels = 127 if torch.cpu._is_vnni_supported() else 63
         self._rotation = hadamard(_largest_block(layer.in_features))
         self._in_features = layer.in_features
@@ -42,10 +44,7 @@ class Int8Linear(nn.Module):
         self.weight_bytes = codes.nbytes + 3 * scales.nbytes
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = rotate(x.reshape(-1, self._in_features), self._rotation)
-        steps = rows.abs().amax(1, keepdim=True).clamp_min_(1e-30).div_(self._levels)
-        # oneDNN is fast for unsigned codes only, but torch converts faster to signed ones: the sum wraps around.
-        codes = (rows * steps.reciprocal()).round_().to(torch.int8).view(torch.uint8).add_(self._levels + 1)
+        codes, steps = self._quantize(x.reshape(-1, self._in_features))
         y = torch.ops.onednn.qlinear_pointwise(
             codes, 1.0, 0, self._packed, self._scales, self._zeros, self._offset, 1.0, 0, torch.float32, "none", [], ""
         )
@@ -53,6 +52,15 @@ class Int8Linear(nn.Module):
         if self.bias is not None:
             y += self.bias
         return y.view(*x.shape[:-1], -1)
+
+    def _quantize(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 codes, in which 0 is `_levels` + 1, and the step of each row [rows, 1]."""
+        if self._kernels is not None:
+            return self._kernels.quantize(rows, len(self._rotation), self._levels)
+        rows = rotate(rows, self._rotation)
+        steps = rows.abs().amax(1, keepdim=True).clamp_min_(1e-30).div_(self._levels)
+        # oneDNN is fast for unsigned codes only, but torch converts faster to signed ones: the sum wraps around.
+        return (rows * steps.reciprocal()).round_().to(torch.int8).view(torch.uint8).add_(self._levels + 1), steps
 
 
 class Int8Embedding(nn.Module):

@@ -20,10 +20,11 @@ _REMEDIES = {
 def hints(timing: dict[str, Any]) -> list[str]:
     """None for a run in order. Where ranks have died, their peers' waits tell nothing of the layout."""
     if timing["wall_s"] < _SHORTEST_S or timing["lost_ranks"]:
-        return [*_crowded(timing), *_halved(timing)]
+        return [*_crowded(timing), *_halved(timing), *_uncompiled(timing)]
     return [
         *_crowded(timing),
         *_halved(timing),
+        *_uncompiled(timing),
         *_useless(timing),
         *_bubble(timing),
         *_stragglers(timing),
@@ -52,6 +53,19 @@ def _halved(timing: dict[str, Any]) -> Iterator[str]:
                 f"rank {rank['rank']} on {rank['host']} ran out of memory {rank['halved_batches']} times and computed "
                 "in halves what had failed: lower parallel.micro_batch, or start fewer ranks a node"
             )
+
+
+def _uncompiled(timing: dict[str, Any]) -> Iterator[str]:
+    """Why ranks made do with torch's kernels."""
+    problems: dict[str, list[str]] = {}
+    for rank in timing["ranks"]:
+        if problem := rank.get("kernels_problem"):
+            problems.setdefault(problem, []).append(str(rank["rank"]))
+    for problem, ranks in problems.items():
+        yield (
+            f"rank {', '.join(ranks)} computed with torch's kernels, which are slower than mpinfer's own: {problem}; "
+            "install a C compiler or name it in CC, or set model.kernels: torch"
+        )
 
 
 def _useless(timing: dict[str, Any]) -> Iterator[str]:

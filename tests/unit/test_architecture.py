@@ -16,15 +16,16 @@ REPO = Path(__file__).parents[2]
 ROWS: dict[str, set[str]] = {
     "errors": set(),
     "version": set(),
+    "directories": set(),
     "spec": {"errors"},
     "schema": {"spec"},
     "completion": set(),
     "plugins": {"errors"},
-    "cluster": {"spec", "plan"},
+    "cluster": {"spec", "plan", "directories"},
     "plan": {"spec"},
     "observe": {"spec", "plan"},
     "records": {"spec", "plugins"},
-    "models": {"spec", "plan", "plugins"},
+    "models": {"spec", "plan", "plugins", "directories"},
     "transport": {"spec", "plan"},
     "pipeline": {"models", "transport", "observe"},
     "generate": {"pipeline", "records"},
@@ -42,7 +43,18 @@ ROWS: dict[str, set[str]] = {
     "__init__": {"version", "api"},
     "__main__": {"cli"},
 }
-WITHOUT_TORCH_AND_MPI = {"errors", "version", "spec", "schema", "completion", "plugins", "cluster", "plan", "records"}
+WITHOUT_TORCH_AND_MPI = {
+    "errors",
+    "version",
+    "directories",
+    "spec",
+    "schema",
+    "completion",
+    "plugins",
+    "cluster",
+    "plan",
+    "records",
+}
 WITHOUT_TORCH = {"generate/scheduler.py"}
 NEVER_AT_TOP_LEVEL = {"transformers", "matplotlib", "accelerate", "gguf", "PIL", "soundfile", "pyarrow"}
 

@@ -15,7 +15,7 @@ class Mlp(nn.Module):
 
 
 def fused(layers):
-    group = FusedLinear(concatenated(layers), [layer.out_features for layer in layers])
+    group = FusedLinear(concatenated(layers), 8, [layer.out_features for layer in layers])
     return group, [FusedMember(group, member) for member in range(len(layers))]
 
 

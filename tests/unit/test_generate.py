@@ -18,6 +18,7 @@ from mpinfer.generate.tasks import Generate
 from mpinfer.generate.text import Text
 from mpinfer.models.decoder import DecoderPart, DecoderSkeleton
 from mpinfer.models.halving import Halving
+from mpinfer.models.kernels import find_kernels
 from mpinfer.models.linear import PackedLinear
 from mpinfer.observe.account import Account
 from mpinfer.pipeline.worker import Worker
@@ -144,7 +145,7 @@ def test_progress_is_called_before_every_own_layer(tiny_llama):
     directory, _ = tiny_llama
     calls = []
     part = DecoderSkeleton(directory, "float32").load_part(0, 3, "cpu", 4, lambda: calls.append(1), range(0))
-    step = PackedStep(KVCache(1, 8, "cpu"), [Segment(0, 0, 2, 1)])
+    step = PackedStep(KVCache(1, 8, "cpu"), [Segment(0, 0, 2, 1)], part.kernels)
     part(torch.tensor([3, 4]), step.positions, step)
     assert len(calls) == 2
 
@@ -162,10 +163,12 @@ def naive_attention(q, k, v, scaling, window):
     return torch.stack(out)
 
 
-@pytest.mark.parametrize("flash", [True, False])
+@pytest.mark.parametrize("by", ["flash", "plain", "kernels"])
 @pytest.mark.parametrize("window", [None, 3])
-def test_packed_attention_equals_a_loop(window, flash, monkeypatch):
-    monkeypatch.setattr("mpinfer.generate.cache._has_flash", lambda _: flash)
+def test_packed_attention_equals_a_loop(window, by, monkeypatch):
+    monkeypatch.setattr("mpinfer.generate.cache._has_flash", lambda _: by == "flash")
+    kernels, _ = find_kernels("auto" if by == "kernels" else "torch", "cpu", torch.float32)
+    assert (kernels is not None) == (by == "kernels")
     torch.manual_seed(0)
     heads, kv_heads, dim = 6, 2, 8
     cache = KVCache(slots=5, capacity=16, device="cpu")
@@ -177,7 +180,7 @@ def test_packed_attention_equals_a_loop(window, flash, monkeypatch):
         [Segment(0, 0, 3, 1)],  # the slot of a sequence that has left
     ]
     for segments in steps:
-        step = PackedStep(cache, segments)
+        step = PackedStep(cache, segments, kernels)
         total = sum(s.length for s in segments)
         q = torch.randn(total, heads, dim)
         k, v = torch.randn(total, kv_heads, dim), torch.randn(total, kv_heads, dim)
@@ -214,7 +217,7 @@ def test_a_cache_takes_memory_only_for_what_is_written():
 
 def test_a_released_slot_gives_its_memory_back_and_reads_as_zeros():
     cache = KVCache(slots=4, capacity=4096, device="cpu")
-    layer = cache.layer(0, torch.empty(1, 4, 128))  # 8 MiB of keys and as much of values for each slot
+    layer = cache.layer(0, 4, 128, torch.float32)  # 8 MiB of keys and as much of values for each slot
     for tensor in layer:
         tensor.fill_(1)
     before = resident_bytes()
@@ -227,7 +230,7 @@ def test_a_released_slot_gives_its_memory_back_and_reads_as_zeros():
 
 def test_a_release_spares_the_neighbours_on_the_same_page():
     cache = KVCache(slots=4, capacity=100, device="cpu")
-    layer = cache.layer(0, torch.empty(1, 3, 9))  # 2.6 pages a slot
+    layer = cache.layer(0, 3, 9, torch.float32)  # 2.6 pages a slot
     for tensor in layer:
         tensor.fill_(1)
     cache.release(1)
@@ -278,6 +281,6 @@ def test_a_stage_releases_the_slots_that_a_step_names(tiny_llama):
     stage.forward(encode_step(Step((Segment(0, 0, 2, 1), Segment(1, 0, 2, 1)), (5, 6, 7, 8))))
     stage.forward(encode_step(Step((Segment(1, 2, 1, 1),), (9,), released=(0,))))
     for index in range(4):
-        for tensor in cache.layer(index, torch.empty(1, 2, 8)):
+        for tensor in cache.layer(index, 2, 8, torch.float32):
             assert tensor.shape == (2, 2, 64, 8)
             assert [bool(tensor[slot].any()) for slot in range(2)] == [False, True]

@@ -1,0 +1,374 @@
+/* What torch does on a CPU in many small operations, each in one. See kernels.py.
+ *
+ * All numbers are float32. Loops are plain: the compiler makes vectors of them for the CPU it runs on. Every row is
+ * computed by itself, so that what else is in a step does not change it.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef int64_t i64;
+#define INLINE static inline __attribute__((always_inline))
+#define ALONE 32768 /* values: for fewer it does not pay to wake other threads */
+
+INLINE float dot(const float *restrict a, const float *restrict b, i64 n)
+{
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (i64 i = 0; i < n; i++)
+        sum += a[i] * b[i];
+    return sum;
+}
+
+/* To the last digit or two: a power of two, and a polynomial for the rest (Cephes). */
+INLINE float exponential(float x)
+{
+    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float n = __builtin_rintf(x * 1.44269504088896341f);
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    union { int32_t i; float f; } power = {((int32_t)n + 127) << 23};
+    return p * power.f;
+}
+
+INLINE void normalize(const float *x, const float *restrict weight, float *y, i64 width, float epsilon)
+{
+    float scale = 1.0f / sqrtf(dot(x, x, width) / width + epsilon);
+#pragma omp simd
+    for (i64 i = 0; i < width; i++)
+        y[i] = x[i] * scale * weight[i];
+}
+
+/* y = weight * x / sqrt(mean(x * x) + epsilon), of every row. */
+void rms_norm(const float *x, const float *weight, float *y, i64 rows, i64 width, float epsilon)
+{
+#pragma omp parallel for if (rows * width > ALONE)
+    for (i64 row = 0; row < rows; row++)
+        normalize(x + row * width, weight, y + row * width, width, epsilon);
+}
+
+/* y = activation(gate) * up, where a row is a gate and an up side by side. */
+void gated(const float *gate_up, float *y, i64 rows, i64 width, int gelu)
+{
+#pragma omp parallel for if (rows * width > ALONE)
+    for (i64 row = 0; row < rows; row++) {
+        const float *restrict gate = gate_up + 2 * row * width, *restrict up = gate + width;
+        float *restrict to = y + row * width;
+        if (gelu) /* x * (1 + tanh(u)) / 2 = x / (1 + exp(-2 u)) */
+#pragma omp simd
+            for (i64 i = 0; i < width; i++)
+                to[i] = gate[i] / (1 + exponential(-1.5957691216057308f * (gate[i] + 0.044715f * gate[i] * gate[i] * gate[i]))) * up[i];
+        else /* silu */
+#pragma omp simd
+            for (i64 i = 0; i < width; i++)
+                to[i] = gate[i] / (1 + exponential(-gate[i])) * up[i];
+    }
+}
+
+/* One head, each number of its first half together with that of its second. */
+INLINE void rotate(const float *x, const float *restrict cosines, const float *restrict sines, float *restrict y, i64 size)
+{
+    i64 half = size / 2;
+#pragma omp simd
+    for (i64 i = 0; i < half; i++) {
+        float a = x[i], b = x[i + half];
+        y[i] = a * cosines[i] - b * sines[i];
+        y[i + half] = b * cosines[i + half] + a * sines[i + half];
+    }
+}
+
+/* Rotary embeddings of queries and keys, after their norms if they have any; keys and values go to their places. */
+void rotate_and_store(const float *projected, const float *cosines, const float *sines, const float *query_norm,
+                      const float *key_norm, float epsilon, float *query, float *keys, float *values,
+                      const i64 *places, i64 capacity, i64 tokens, i64 heads, i64 kv_heads, i64 size)
+{
+    i64 stride = (heads + 2 * kv_heads) * size;
+#pragma omp parallel for if (tokens * stride > ALONE)
+    for (i64 token = 0; token < tokens; token++) {
+        const float *from = projected + token * stride, *c = cosines + token * size, *s = sines + token * size;
+        float normal[size];
+        for (i64 head = 0; head < heads + kv_heads; head++, from += size) {
+            i64 kv = head - heads;
+            const float *weight = kv < 0 ? query_norm : key_norm, *x = from;
+            if (weight) {
+                normalize(from, weight, normal, size, epsilon);
+                x = normal;
+            }
+            rotate(x, c, s, kv < 0 ? query + (token * heads + head) * size : keys + (places[token] + kv * capacity) * size, size);
+        }
+        for (i64 kv = 0; kv < kv_heads; kv++, from += size)
+            memcpy(values + (places[token] + kv * capacity) * size, from, size * sizeof(float));
+    }
+}
+
+#define BLOCK 128 /* keys that are looked at before sums are rescaled */
+#define GROUP 16  /* heads that share a key, at most */
+
+/* Of one token the heads that share keys, with a running maximum (as in FlashAttention). */
+INLINE void attend_one(const float *query, const float *keys, const float *values, float *output, i64 length, i64 group,
+                       i64 size, float scaling)
+{
+    float scores[GROUP][BLOCK], most[GROUP], sums[GROUP];
+    for (i64 g = 0; g < group; g++)
+        most[g] = -INFINITY, sums[g] = 0;
+    memset(output, 0, group * size * sizeof(float));
+    for (i64 first = 0; first < length; first += BLOCK) {
+        i64 count = length - first < BLOCK ? length - first : BLOCK;
+        const float *k = keys + first * size, *v = values + first * size;
+        for (i64 j = 0; j < count; j++)
+            for (i64 g = 0; g < group; g++)
+                scores[g][j] = dot(query + g * size, k + j * size, size) * scaling;
+        for (i64 g = 0; g < group; g++) {
+            float high = most[g], sum = 0;
+#pragma omp simd reduction(max : high)
+            for (i64 j = 0; j < count; j++)
+                high = scores[g][j] > high ? scores[g][j] : high;
+            float rescale = exponential(most[g] - high);
+#pragma omp simd reduction(+ : sum)
+            for (i64 j = 0; j < count; j++)
+                sum += scores[g][j] = exponential(scores[g][j] - high);
+            most[g] = high;
+            sums[g] = sums[g] * rescale + sum;
+            if (first)
+                for (i64 i = 0; i < size; i++)
+                    output[g * size + i] *= rescale;
+        }
+        i64 j = 0;
+        for (; j + 4 <= count; j += 4) { /* four at a time: sums are read and written a quarter as often */
+            const float *restrict r = v + j * size;
+            for (i64 g = 0; g < group; g++) {
+                float *restrict to = output + g * size, *s = scores[g] + j;
+                float a = s[0], b = s[1], c = s[2], d = s[3];
+#pragma omp simd
+                for (i64 i = 0; i < size; i++)
+                    to[i] += a * r[i] + b * r[size + i] + c * r[2 * size + i] + d * r[3 * size + i];
+            }
+        }
+        for (; j < count; j++)
+            for (i64 g = 0; g < group; g++)
+#pragma omp simd
+                for (i64 i = 0; i < size; i++)
+                    output[g * size + i] += scores[g][j] * v[j * size + i];
+    }
+    for (i64 g = 0; g < group; g++)
+        for (i64 i = 0; i < size; i++)
+            output[g * size + i] /= sums[g];
+}
+
+/* Every token to itself and those before it, of a layer's cache [slots, kv_heads, capacity, size]. */
+void attend_tokens(const float *query, i64 stride, const float *keys, const float *values, const i64 *places,
+            const i64 *positions, float *output, i64 rows, i64 heads, i64 kv_heads, i64 size, i64 capacity, i64 window,
+            float scaling)
+{
+    i64 sharing = heads / kv_heads;
+#pragma omp parallel for collapse(2) schedule(dynamic) if (rows * heads * size > 1024)
+    for (i64 row = 0; row < rows; row++)
+        for (i64 kv = 0; kv < kv_heads; kv++) {
+            i64 length = positions[row] + 1, skipped = window && window < length ? length - window : 0;
+            i64 start = (places[row] - positions[row] + skipped + kv * capacity) * size;
+            length -= skipped;
+            for (i64 first = 0; first < sharing; first += GROUP) {
+                i64 group = sharing - first < GROUP ? sharing - first : GROUP, head = kv * sharing + first;
+                const float *q = query + row * stride + head * size;
+                float *to = output + (row * heads + head) * size;
+                if (size == 64) /* sizes known at compile time are faster */
+                    attend_one(q, keys + start, values + start, to, length, group, 64, scaling);
+                else if (size == 128)
+                    attend_one(q, keys + start, values + start, to, length, group, 128, scaling);
+                else
+                    attend_one(q, keys + start, values + start, to, length, group, size, scaling);
+            }
+        }
+}
+
+/* Vectors of the CPU, and how many of them, for each of SIX rows, its registers hold. */
+#if defined(__AVX512F__)
+#define LANES 16
+#define WIDE 4
+#elif defined(__AVX__)
+#define LANES 8
+#define WIDE 2
+#else
+#define LANES 4
+#define WIDE 4
+#endif
+#define SIX 6
+typedef float vector __attribute__((vector_size(4 * LANES), aligned(4)));
+
+/* c += a * b, of so many rows and vectors of columns, which stay in registers. */
+INLINE void multiply_tile(const float *a, i64 a_stride, const float *b, i64 b_stride, float *c, i64 c_stride, i64 depth,
+                          const int rows, const int vectors)
+{
+    vector sums[SIX][WIDE];
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vectors; v++)
+            sums[r][v] = *(const vector *)(c + r * c_stride + v * LANES);
+    for (i64 d = 0; d < depth; d++)
+        for (int v = 0; v < vectors; v++) {
+            vector row = *(const vector *)(b + d * b_stride + v * LANES);
+            for (int r = 0; r < rows; r++)
+                sums[r][v] += a[r * a_stride + d] * row;
+        }
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vectors; v++)
+            *(vector *)(c + r * c_stride + v * LANES) = sums[r][v];
+}
+
+/* c [rows, columns] += a [rows, depth] * b [depth, columns] */
+INLINE void multiply(const float *a, i64 a_stride, const float *b, i64 b_stride, float *c, i64 c_stride, i64 rows, i64 depth,
+                     i64 columns)
+{
+    i64 column = 0;
+    for (; column + WIDE * LANES <= columns; column += WIDE * LANES) {
+        i64 r = 0;
+        for (; r + SIX <= rows; r += SIX)
+            multiply_tile(a + r * a_stride, a_stride, b + column, b_stride, c + r * c_stride + column, c_stride, depth, SIX, WIDE);
+        for (; r < rows; r++)
+            multiply_tile(a + r * a_stride, 0, b + column, b_stride, c + r * c_stride + column, 0, depth, 1, WIDE);
+    }
+    for (i64 r = 0; r < rows && column < columns; r++)
+        for (i64 d = 0; d < depth; d++)
+#pragma omp simd
+            for (i64 i = column; i < columns; i++)
+                c[r * c_stride + i] += a[r * a_stride + d] * b[d * b_stride + i];
+}
+
+#define KEYS 64 /* of a block, which stays in the first cache */
+#define TILE 96 /* rows: tokens times heads that share keys */
+
+/* Some tokens of a sequence, in a row, and heads that share keys: blocks of keys, with a running maximum. */
+INLINE void attend_tile(const float *query, i64 stride, const float *keys, const float *values, float *output,
+                        i64 output_stride, i64 position, i64 tokens, i64 group, i64 size, i64 window, float scaling)
+{
+    i64 rows = tokens * group;
+    float q[rows * size], sums[rows * size], scores[rows * KEYS], columns[size * KEYS], most[rows], total[rows];
+    for (i64 r = 0; r < rows; r++) {
+        const float *from = query + r / group * stride + r % group * size;
+        for (i64 i = 0; i < size; i++)
+            q[r * size + i] = from[i] * scaling, sums[r * size + i] = 0;
+        most[r] = -INFINITY, total[r] = 0;
+    }
+    i64 end = position + tokens, begin = window && window <= position ? position + 1 - window : 0;
+    for (i64 first = begin; first < end; first += KEYS) {
+        i64 count = end - first < KEYS ? end - first : KEYS;
+        for (i64 i = 0; i < size; i++) {
+            for (i64 j = 0; j < count; j++)
+                columns[i * KEYS + j] = keys[(first + j) * size + i];
+            for (i64 j = count; j < KEYS; j++)
+                columns[i * KEYS + j] = 0;
+        }
+        memset(scores, 0, rows * KEYS * sizeof(float));
+        multiply(q, size, columns, KEYS, scores, KEYS, rows, size, KEYS);
+        for (i64 r = 0; r < rows; r++) {
+            float *restrict s = scores + r * KEYS;
+            i64 last = position + r / group, low = window && window <= last ? last + 1 - window - first : 0;
+            i64 high = last - first + 1 < count ? last - first + 1 : count;
+            low = low < 0 ? 0 : low;
+            if (low >= high) { /* it looks at none of these */
+                memset(s, 0, KEYS * sizeof(float));
+                continue;
+            }
+            float peak = most[r], sum = 0;
+#pragma omp simd reduction(max : peak)
+            for (i64 j = low; j < high; j++)
+                peak = s[j] > peak ? s[j] : peak;
+            float rescale = exponential(most[r] - peak);
+#pragma omp simd reduction(+ : sum)
+            for (i64 j = 0; j < KEYS; j++) {
+                float share = j >= low && j < high ? exponential(s[j] - peak) : 0;
+                s[j] = share;
+                sum += share;
+            }
+            most[r] = peak;
+            total[r] = total[r] * rescale + sum;
+            for (i64 i = 0; i < size; i++)
+                sums[r * size + i] *= rescale;
+        }
+        multiply(scores, KEYS, values + first * size, size, sums, size, rows, count, size);
+    }
+    for (i64 r = 0; r < rows; r++)
+        for (i64 i = 0; i < size; i++)
+            output[r / group * output_stride + r % group * size + i] = sums[r * size + i] / total[r];
+}
+
+/* Tokens of one sequence, the first of which stands at `position`, to themselves and those before them. */
+void attend_chunk(const float *query, i64 stride, const float *keys, const float *values, float *output, i64 position,
+                  i64 tokens, i64 heads, i64 kv_heads, i64 size, i64 capacity, i64 window, float scaling)
+{
+    i64 sharing = heads / kv_heads, group = sharing < TILE ? sharing : TILE, step = TILE / group;
+#pragma omp parallel for collapse(2) schedule(dynamic) if (tokens * heads * size > ALONE)
+    for (i64 tile = (tokens - 1) / step; tile >= 0; tile--) /* the longest first */
+        for (i64 kv = 0; kv < kv_heads; kv++) {
+            i64 token = tile * step, count = tokens - token < step ? tokens - token : step;
+            for (i64 head = 0; head < sharing; head += group) {
+                i64 some = sharing - head < group ? sharing - head : group, offset = (kv * sharing + head) * size;
+                const float *q = query + token * stride + offset, *k = keys + kv * capacity * size;
+                const float *v = values + kv * capacity * size;
+                float *to = output + token * heads * size + offset;
+                if (size == 64)
+                    attend_tile(q, stride, k, v, to, heads * size, position + token, count, some, 64, window, scaling);
+                else
+                    attend_tile(q, stride, k, v, to, heads * size, position + token, count, some, size, window, scaling);
+            }
+        }
+}
+
+typedef float sixteen __attribute__((vector_size(64)));
+typedef int32_t lanes __attribute__((vector_size(64)));
+
+/* x plus or minus its partner, `distance` lanes away. */
+INLINE sixteen butterfly(sixteen x, int distance)
+{
+    lanes index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    lanes upper = (index & distance) != 0;
+    sixteen sign = __builtin_convertvector(upper * 2 + 1, sixteen);
+    return __builtin_shuffle(x, index ^ distance) + sign * x;
+}
+
+/* The product with the Hadamard matrix of that many rows, a power of two, times the root of its size. */
+INLINE void hadamard(float *x, i64 size)
+{
+    if (size == 64) {
+        sixteen v[4];
+        memcpy(v, x, sizeof v);
+        for (int i = 0; i < 4; i++)
+            v[i] = butterfly(butterfly(butterfly(butterfly(v[i], 1), 2), 4), 8);
+        sixteen a = v[0] + v[1], b = v[0] - v[1], c = v[2] + v[3], d = v[2] - v[3];
+        v[0] = a + c, v[1] = b + d, v[2] = a - c, v[3] = b - d;
+        memcpy(x, v, sizeof v);
+        return;
+    }
+    for (i64 distance = 1; distance < size; distance *= 2)
+        for (i64 i = 0; i < size; i += 2 * distance)
+            for (i64 j = i; j < i + distance; j++) {
+                float a = x[j], b = x[j + distance];
+                x[j] = a + b, x[j + distance] = a - b;
+            }
+}
+
+/* Codes of 1 to 2 * levels + 1 of every row, turned block by block, and what a step of theirs is worth. */
+void quantize(const float *x, uint8_t *codes, float *steps, i64 rows, i64 width, i64 block, i64 levels)
+{
+    float root = 1.0f / sqrtf(block);
+#pragma omp parallel for if (rows * width > ALONE)
+    for (i64 row = 0; row < rows; row++) {
+        float turned[width], most = 1e-30f;
+        memcpy(turned, x + row * width, width * sizeof(float));
+        for (i64 i = 0; i < width; i += block)
+            hadamard(turned + i, block);
+#pragma omp simd reduction(max : most)
+        for (i64 i = 0; i < width; i++)
+            most = fabsf(turned[i]) > most ? fabsf(turned[i]) : most;
+        float inverse = levels / most;
+        steps[row] = most * root / levels;
+#pragma omp simd
+        for (i64 i = 0; i < width; i++)
+            codes[row * width + i] = (int32_t)__builtin_rintf(turned[i] * inverse) + (int32_t)levels + 1;
+    }
+}

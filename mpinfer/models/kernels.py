@@ -1,0 +1,207 @@
+"""Kernels in C (kernels.c) for what torch does on a CPU in many small operations: norms, gates, rotary embeddings,
+attention over a KV cache, and int8 codes of activations.
+
+They are compiled for the CPU they run on by the machine's own C compiler, once, when they are first used; the library
+stays in the user's cache directory. Where that cannot be done torch computes the same, slower.
+"""
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from mpinfer.directories import cache_directory
+from mpinfer.spec import AUTO
+
+_SOURCE = Path(__file__).with_name("kernels.c")
+_FLAGS = (
+    *("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
+    *("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros", "-freciprocal-math"),
+)
+_COMPILING_TIMEOUT_S = 120
+_POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_SIGNATURES = {
+    "rms_norm": [*[_POINTER] * 3, *[_INT] * 2, _FLOAT],
+    "gated": [*[_POINTER] * 2, *[_INT] * 2, ctypes.c_int],
+    "rotate_and_store": [*[_POINTER] * 5, _FLOAT, *[_POINTER] * 4, *[_INT] * 5],
+    "attend_tokens": [_POINTER, _INT, *[_POINTER] * 5, *[_INT] * 6, _FLOAT],
+    "attend_chunk": [_POINTER, _INT, *[_POINTER] * 3, *[_INT] * 7, _FLOAT],
+    "quantize": [*[_POINTER] * 3, *[_INT] * 4],
+}
+
+
+class CannotCompile(Exception):
+    """Why there are no kernels."""
+
+
+def find_kernels(choice: str, device: str, dtype: torch.dtype) -> "tuple[Kernels | None, str]":
+    """The kernels, if they are wanted (`model.kernels`) and fit; why there are none though they would."""
+    if choice != AUTO or device != "cpu" or dtype != torch.float32:
+        return None, ""
+    try:
+        return _load(), ""
+    except CannotCompile as problem:
+        return None, str(problem)
+
+
+class Kernels:
+    """Functions of float32 tensors on the CPU, whose last dimensions are contiguous."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        for name, signature in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = signature, None
+        self._library = library
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        """`weight * x / sqrt(mean(x * x) + epsilon)` of the last dimension; of the shape of x."""
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        width = x.shape[-1]
+        self._library.rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // width, width, epsilon)
+        return y
+
+    def gated(self, gate_up: torch.Tensor, gelu: bool) -> torch.Tensor:
+        """`activation(gate) * up`, [..., width], of both side by side, [..., 2 * width]. The activation is SiLU, or
+        GELU as tanh approximates it."""
+        gate_up = gate_up.contiguous()
+        width = gate_up.shape[-1] // 2
+        y = gate_up.new_empty(*gate_up.shape[:-1], width)
+        self._library.gated(gate_up.data_ptr(), y.data_ptr(), y.numel() // width, width, gelu)
+        return y
+
+    def rotate_and_store(
+        self,
+        projected: torch.Tensor,  # [tokens, (heads + 2 * kv_heads) * head_dim]
+        cosines: torch.Tensor,  # [tokens, head_dim]
+        sines: torch.Tensor,
+        norms: "tuple[torch.Tensor, torch.Tensor, float] | None",  # weights [head_dim] for queries and keys, epsilon
+        keys: torch.Tensor,  # [slots, kv_heads, capacity, head_dim]
+        values: torch.Tensor,
+        places: torch.Tensor,  # [tokens]: slot * kv_heads * capacity + position
+    ) -> torch.Tensor:
+        """Apply rotary embeddings, after norms, and store keys and values. Queries [tokens, heads, head_dim]."""
+        (tokens, width), (_, kv_heads, capacity, head_dim) = projected.shape, keys.shape
+        heads = width // head_dim - 2 * kv_heads
+        query = projected.new_empty(tokens, heads, head_dim)
+        query_norm, key_norm, epsilon = norms or (None, None, 0.0)
+        projected, cosines, sines = projected.contiguous(), cosines.contiguous(), sines.contiguous()
+        self._library.rotate_and_store(
+            *(x.data_ptr() for x in (projected, cosines, sines)),
+            *(None if x is None else x.data_ptr() for x in (query_norm, key_norm)),
+            epsilon,
+            *(x.data_ptr() for x in (query, keys, values, places)),
+            *(capacity, tokens, heads, kv_heads, head_dim),
+        )
+        return query
+
+    def attend_tokens(
+        self,
+        query: torch.Tensor,  # [tokens, heads, head_dim], of which only the first dimension may be strided
+        keys: torch.Tensor,  # [slots, kv_heads, capacity, head_dim]
+        values: torch.Tensor,
+        places: torch.Tensor,  # [tokens]: slot * kv_heads * capacity + position
+        positions: torch.Tensor,  # [tokens]
+        output: torch.Tensor,  # [tokens, heads, head_dim]
+        scaling: float,
+        window: int | None,
+    ) -> None:
+        """Attention of every token to itself and those before it in its slot, at most `window` of them all."""
+        (tokens, heads, head_dim), (_, kv_heads, capacity, _) = query.shape, keys.shape
+        self._library.attend_tokens(
+            *(query.data_ptr(), query.stride(0)),
+            *(x.data_ptr() for x in (keys, values, places, positions, output)),
+            *(tokens, heads, kv_heads, head_dim, capacity, window or 0),
+            scaling,
+        )
+
+    def attend_chunk(
+        self,
+        query: torch.Tensor,  # [tokens, heads, head_dim], of which only the first dimension may be strided
+        keys: torch.Tensor,  # [kv_heads, capacity, head_dim]
+        values: torch.Tensor,
+        start: int,  # position of the first token
+        output: torch.Tensor,  # [tokens, heads, head_dim]
+        scaling: float,
+        window: int | None,
+    ) -> None:
+        """The same for tokens that follow each other in one slot."""
+        (tokens, heads, head_dim), (kv_heads, capacity, _) = query.shape, keys.shape
+        self._library.attend_chunk(
+            *(query.data_ptr(), query.stride(0)),
+            *(x.data_ptr() for x in (keys, values, output)),
+            *(start, tokens, heads, kv_heads, head_dim, capacity, window or 0),
+            scaling,
+        )
+
+    def quantize(self, rows: torch.Tensor, block: int, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 codes [rows, width] and float32 steps [rows, 1]: every block of a row, times a Hadamard matrix of that
+        size, is about (codes - levels - 1) * step."""
+        rows = rows.contiguous()
+        codes, steps = torch.empty_like(rows, dtype=torch.uint8), rows.new_empty(len(rows), 1)
+        self._library.quantize(rows.data_ptr(), codes.data_ptr(), steps.data_ptr(), *rows.shape, block, levels)
+        return codes, steps
+
+
+@functools.cache
+def _load() -> Kernels:
+    """Raises `CannotCompile`."""
+    compiler = os.environ.get("CC", "cc")
+    facts = repr((_SOURCE.read_text(), _FLAGS, compiler, platform.machine(), _cpu()))
+    directory = cache_directory()
+    if not directory.is_absolute():
+        raise CannotCompile("this user has no home directory to keep them in; set XDG_CACHE_HOME")
+    library = directory / f"kernels-{hashlib.sha256(facts.encode()).hexdigest()[:32]}.so"
+    try:
+        if not library.exists():
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with open(library.with_suffix(".lock"), "w", encoding="utf-8") as lock:
+                _wait_for(lock.fileno())
+                if not library.exists():  # else another rank has compiled it meanwhile
+                    _compile(compiler, library)
+        return Kernels(ctypes.CDLL(str(library)))
+    except OSError as error:
+        raise CannotCompile(f"{library}: {error.strerror or error}") from None
+
+
+def _wait_for(lock: int) -> None:
+    """One rank at a time, where the file system has locks; else several do the same work."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError:
+        return
+
+
+def _compile(compiler: str, library: Path) -> None:
+    descriptor, temporary = tempfile.mkstemp(prefix="kernels-", suffix=".tmp", dir=library.parent)
+    os.close(descriptor)
+    try:
+        command = [*shlex.split(compiler), *_FLAGS, str(_SOURCE), "-o", temporary, "-lm"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILING_TIMEOUT_S)
+        if done.returncode:
+            raise CannotCompile(f"{compiler} failed: {(done.stderr.strip() or 'no words').splitlines()[0]}")
+        os.replace(temporary, library)
+    except FileNotFoundError:
+        raise CannotCompile(f"there is no C compiler {compiler!r}") from None
+    except subprocess.TimeoutExpired:
+        raise CannotCompile(f"{compiler} took more than {_COMPILING_TIMEOUT_S} s") from None
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _cpu() -> str:
+    """What distinguishes CPUs for a compiler: a home directory may be shared by several kinds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    names = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU implementer", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.split("\t")[0].split(":")[0].strip() in names}))

@@ -1,0 +1,205 @@
+"""Compiled kernels compute what torch computes, replace only what is equal, and are never missing silently."""
+
+import re
+import subprocess
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from mpinfer.models import kernels as module
+from mpinfer.models.decoder import DecoderSkeleton
+from mpinfer.models.fused import FusedLinear, FusedMember, concatenated
+from mpinfer.models.kernels import Kernels, find_kernels
+from mpinfer.models.quantize import Int8Linear, hadamard, rotate
+from mpinfer.models.quick import quicken
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    found, problem = find_kernels("auto", "cpu", torch.float32)
+    assert found is not None, problem
+    return found
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """A user who has compiled nothing yet, and a process that has loaded nothing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(module, "_load", module._load.__wrapped__)
+    return tmp_path / "mpinfer"
+
+
+# -- what they compute --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 576), (7, 13), (2, 300, 64)])
+def test_norms(kernels, shape):
+    x, weight = torch.randn(shape) * 3, torch.randn(shape[-1])
+    expected = functional.rms_norm(x, shape[-1:], weight, 1e-5)
+    torch.testing.assert_close(kernels.rms_norm(x, weight, 1e-5), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+def test_gates_of_all_sizes(kernels, gelu):
+    gate = torch.cat([torch.linspace(-200, 200, 4001), torch.tensor([0.0, 1e-30, -1e30, 1e30])])
+    up = torch.randn(len(gate))
+    activated = functional.gelu(gate, approximate="tanh") if gelu else functional.silu(gate)
+    found = kernels.gated(torch.cat([gate, up])[None], gelu)[0]
+    torch.testing.assert_close(found, activated * up, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [576, 96, 40, 7])
+def test_codes_are_those_of_torch(kernels, width):
+    x = torch.randn(33, width) * torch.logspace(-3, 3, 33)[:, None]
+    x[5] = 0
+    block = min(64, width & -width)
+    turned = rotate(x, hadamard(block))
+    codes, steps = kernels.quantize(x, block, 127)
+    torch.testing.assert_close(steps, turned.abs().amax(1, keepdim=True) / 127, rtol=1e-5, atol=1e-30)
+    assert ((codes.float() - 128) * steps - turned).abs().le(steps * 0.501).all()
+    layer = nn.Linear(width, 24).requires_grad_(False)
+    assert (Int8Linear(layer, kernels)(x) - Int8Linear(layer)(x)).abs().max() < 0.01 * layer(x).abs().max()
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(9, 3, 64), (4, 4, 128), (40, 2, 80), (120, 1, 20)])
+@pytest.mark.parametrize("window", [None, 1, 70])
+def test_tokens_and_chunks_attend_alike(kernels, heads, kv_heads, size, window):
+    """Over more keys than a block has, by the two kernels and by torch."""
+    start, tokens, capacity = 150, 41, 256
+    keys, values = torch.randn(2, 1, kv_heads, capacity, size)
+    wide = torch.randn(tokens, 2 * heads * size)  # queries beside something else
+    query = wide[:, : heads * size].unflatten(1, (heads, size))
+    positions = torch.arange(start, start + tokens)
+    one_by_one, together = torch.empty(2, tokens, heads, size)
+    kernels.attend_tokens(query, keys, values, positions, positions, one_by_one, 0.1, window)
+    kernels.attend_chunk(query, keys[0], values[0], start, together, 0.1, window)
+    past = torch.arange(start + tokens)
+    mask = (past <= positions[:, None]) & (past > positions[:, None] - (window or capacity))
+    k, v = (x[:, :, : start + tokens] for x in (keys, values))
+    expected = functional.scaled_dot_product_attention(
+        query.transpose(0, 1)[None], k, v, attn_mask=mask, scale=0.1, enable_gqa=True
+    )[0].transpose(0, 1)
+    torch.testing.assert_close(one_by_one, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_does_not_depend_on_the_others(kernels):
+    keys, values = torch.randn(2, 5, 2, 64, 32)
+    query, positions = torch.randn(5, 4, 32), torch.tensor([3, 60, 9, 17, 0])
+    places = torch.arange(5) * 2 * 64 + positions
+    together, alone = torch.empty(2, 5, 4, 32)
+    kernels.attend_tokens(query, keys, values, places, positions, together, 0.2, None)
+    for row in (slice(i, i + 1) for i in range(5)):
+        kernels.attend_tokens(query[row], keys, values, places[row], positions[row], alone[row], 0.2, None)
+    assert torch.equal(together, alone)
+
+
+# -- what they replace --------------------------------------------------------------------------------------------
+
+
+def replaced(directory, family: str, save_random) -> dict[str, int]:
+    import transformers
+
+    common = {
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "vocab_size": 128,
+    }
+    save_random(directory, getattr(transformers, f"{family}Config")(**common))
+    part = DecoderSkeleton(directory, "float32").load_part(0, 4, "cpu", 4, lambda: None, range(128))
+    return {kind: part.used.get(kind, 0) for kind in ("norm", "gated MLP", "attention")}
+
+
+@pytest.mark.parametrize(
+    ("family", "counts"),
+    [
+        ("Llama", (5, 2, 2)),
+        ("Qwen2", (5, 2, 2)),
+        ("Qwen3", (9, 2, 2)),  # norms of queries and keys, too
+        ("Gemma2", (9, 2, 2)),  # weights that are added to 1, GELU
+        ("GPTNeoX", (0, 0, 0)),
+    ],
+)
+def test_families(tmp_path, family, counts, save_random):
+    assert tuple(replaced(tmp_path, family, save_random).values()) == counts
+
+
+class Mlp(nn.Module):
+    def __init__(self, activation, forward) -> None:
+        super().__init__()
+        layers = [nn.Linear(8, 12).requires_grad_(False) for _ in range(2)]
+        group = FusedLinear(concatenated(layers), 8, [12, 12])
+        self.gate_proj, self.up_proj = (FusedMember(group, member) for member in range(2))
+        self.down_proj = nn.Linear(12, 8).requires_grad_(False)
+        self.act_fn, self._compute = activation, forward
+
+    def forward(self, x):
+        return self._compute(self, x)
+
+
+def usual(m, x):
+    return m.down_proj(m.act_fn(m.gate_proj(x)) * m.up_proj(x))
+
+
+@pytest.mark.parametrize(
+    ("activation", "forward", "count"),
+    [
+        (nn.SiLU(), usual, 1),
+        (nn.GELU("tanh"), usual, 1),
+        (nn.GELU(), usual, 0),
+        (nn.ReLU(), usual, 0),
+        (nn.SiLU(), lambda m, x: m.down_proj(m.act_fn(m.up_proj(x)) * m.gate_proj(x)), 0),
+        (nn.SiLU(), lambda m, x: 1.001 * usual(m, x), 0),
+    ],
+)
+def test_only_what_computes_the_same_is_replaced(kernels, activation, forward, count):
+    mlp, x = Mlp(activation, forward), torch.randn(3, 8)
+    expected = mlp(x)
+    assert quicken(mlp, kernels)["gated MLP"] == count
+    torch.testing.assert_close(mlp(x), expected)
+
+
+# -- where they come from -----------------------------------------------------------------------------------------
+
+
+def test_they_are_compiled_once(fresh, monkeypatch):
+    calls, run = [], subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: calls.append(1) or run(*args, **options))
+    for _ in range(2):
+        found, problem = find_kernels("auto", "cpu", torch.float32)
+        assert found is not None, problem
+    assert len(calls) == 1
+    assert sorted(path.suffix for path in fresh.iterdir()) == [".lock", ".so"]
+
+
+@pytest.mark.parametrize(
+    ("compiler", "said"),
+    [("no-such-cc", "there is no C compiler 'no-such-cc'"), ("cc --no-such-flag", "cc --no-such-flag failed: .+flag")],
+)
+def test_where_they_cannot_be_compiled_the_reason_is_told(fresh, monkeypatch, compiler, said):
+    monkeypatch.setenv("CC", compiler)
+    found, problem = find_kernels("auto", "cpu", torch.float32)
+    assert found is None
+    assert re.search(said, problem)
+    assert not [path for path in fresh.iterdir() if path.suffix != ".lock"]
+
+
+def test_a_damaged_library_is_told(fresh, monkeypatch):
+    monkeypatch.setattr(module, "_compile", lambda _, library: library.write_bytes(b"\x7fELF nothing"))
+    found, problem = find_kernels("auto", "cpu", torch.float32)
+    assert found is None
+    assert str(fresh) in problem
+
+
+@pytest.mark.parametrize(
+    ("choice", "device", "dtype"),
+    [("torch", "cpu", torch.float32), ("auto", "cuda", torch.float32), ("auto", "cpu", torch.bfloat16)],
+)
+def test_who_does_not_want_them_hears_nothing(choice, device, dtype):
+    assert find_kernels(choice, device, dtype) == (None, "")
