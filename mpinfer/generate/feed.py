@@ -9,12 +9,21 @@ from mpinfer.generate.tasks import Task
 from mpinfer.observe.account import Account
 from mpinfer.transport.control import COORDINATOR, DROP, FINISH, RECORDS, RESULTS, WANT, Control
 
+_STEPS_AHEAD = 2  # of prompts, asked for at a time
+_FIRST = 4  # records asked for while nothing is known of them
+
 
 class RecordFeed:
-    """Keeps the scheduler of a replica stocked: every slot filled and `ahead` sequences waiting."""
+    """Keeps the scheduler of a replica stocked: every slot filled and `ahead` sequences waiting.
 
-    def __init__(self, endpoint: Control, task: Task, ahead: int, account: Account) -> None:
+    Not at one go: who asks for no more than what it will soon read leaves the others as much of the long and of the
+    short records. `step_tokens` are what it reads in a step.
+    """
+
+    def __init__(self, endpoint: Control, task: Task, ahead: int, step_tokens: int, account: Account) -> None:
         self._endpoint, self._task, self._ahead, self._account = endpoint, task, ahead, account
+        self._step_tokens = step_tokens
+        self._records_seen = self._tokens_seen = 0
         self._arrived: deque[tuple[int, str | int, str]] = deque()
         self._unfinished: dict[int, list[Sequence]] = {}  # of every record at work, all its sequences, in order
         self._dropped: set[int] = set()  # records that another replica was first with, until the scheduler knows
@@ -40,6 +49,8 @@ class RecordFeed:
                 self._send([{"index": index, "error": {"type": "RecordError", "message": str(error)}}])
                 continue
             self._unfinished[index] = sequences
+            self._records_seen += 1
+            self._tokens_seen += sum(len(sequence.prompt) for sequence in sequences)
             for sequence in sequences:
                 scheduler.add(sequence)
         if self._dropped:
@@ -49,9 +60,14 @@ class RecordFeed:
             self._dropped.clear()
         missing = scheduler.slots + self._ahead - scheduler.unfinished
         if self._more and not self._asked and missing > 0:
-            self._endpoint.send(COORDINATOR, WANT, missing)
+            self._endpoint.send(COORDINATOR, WANT, min(missing, self._soon()))
             self._asked = True
         return self._more or bool(self._arrived)
+
+    def _soon(self) -> int:
+        """Records whose prompts fill the next steps."""
+        per_record = self._tokens_seen / max(1, self._records_seen)
+        return max(_FIRST, int(_STEPS_AHEAD * self._step_tokens / per_record)) if per_record else _FIRST
 
     def wait(self) -> None:
         with self._account.phase("idle"):

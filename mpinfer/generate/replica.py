@@ -164,7 +164,7 @@ class DecodeRank:
         groups = layout.in_flight, layout.micro_batch
         scheduler = Scheduler(*groups, self._step_tokens, self._max_length, layout.kv_tokens)
         task = make_task(self._spec, skeleton, self._max_length, needs_logits)
-        self._feed = RecordFeed(self._endpoint, task, ahead=layout.micro_batch, account=self.account)
+        self._feed = RecordFeed(self._endpoint, task, layout.micro_batch, self._step_tokens, self.account)
         own = [outbox] if self._part.last else []
         others = [self._links.inbox(self._samples_of(shard)) for shard in range(len(own), layout.shards)]
         returned = [*own, *others]

@@ -9,6 +9,7 @@
 
 typedef int64_t i64;
 #define INLINE static inline __attribute__((always_inline))
+#define LINE 64     /* bytes that memory gives at a time */
 #define ALONE 32768 /* values: for fewer it does not pay to wake other threads */
 
 INLINE float dot(const float *restrict a, const float *restrict b, i64 n)
@@ -109,6 +110,7 @@ void rotate_and_store(const float *projected, const float *cosines, const float 
 
 #define BLOCK 128 /* keys that are looked at before sums are rescaled */
 #define GROUP 16  /* heads that share a key, at most */
+#define AHEAD 16  /* keys that are fetched before they are needed */
 
 /* Of one token the heads that share keys, with a running maximum (as in FlashAttention). */
 INLINE void attend_one(const float *query, const float *keys, const float *values, float *output, i64 length, i64 group,
@@ -121,9 +123,14 @@ INLINE void attend_one(const float *query, const float *keys, const float *value
     for (i64 first = 0; first < length; first += BLOCK) {
         i64 count = length - first < BLOCK ? length - first : BLOCK;
         const float *k = keys + first * size, *v = values + first * size;
-        for (i64 j = 0; j < count; j++)
+        for (i64 j = 0; j < count; j++) {
+            for (i64 i = 0; i < size; i += LINE / 4) { /* memory's own foresight ends with each page */
+                __builtin_prefetch(k + (j + AHEAD) * size + i);
+                __builtin_prefetch(v + j * size + i);
+            }
             for (i64 g = 0; g < group; g++)
                 scores[g][j] = dot(query + g * size, k + j * size, size) * scaling;
+        }
         for (i64 g = 0; g < group; g++) {
             float high = most[g], sum = 0;
 #pragma omp simd reduction(max : high)
@@ -317,6 +324,90 @@ void attend_chunk(const float *query, i64 stride, const float *keys, const float
                     attend_tile(q, stride, k, v, to, heads * size, position + token, count, some, size, window, scaling);
             }
         }
+}
+
+#define PANEL (LANES * WIDE) /* outputs of a linear layer that are computed together */
+#define DEPTH 96             /* inputs: such a piece of a panel stays in the first cache for all rows */
+#define LINES (PANEL * 4 / LINE)
+
+i64 panel_columns(void) { return PANEL; }
+
+/* Some rows of a piece of a panel, on top of what y has, or of the bias at first; `lines` of what is ahead are on their
+ * way to the cache meanwhile, for each input. */
+INLINE void linear_tile(const float *x, i64 width, const float *piece, const float *bias, float *y, i64 y_stride, i64 depth,
+                        const char *ahead, const int rows, const int at_first, const int lines)
+{
+    vector sums[SIX][WIDE];
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < WIDE; v++)
+            sums[r][v] = *(const vector *)(at_first ? bias + v * LANES : y + r * y_stride + v * LANES);
+    for (i64 d = 0; d < depth; d++) {
+        for (int line = 0; line < lines; line++)
+            __builtin_prefetch(ahead + (d * lines + line) * LINE);
+        for (int v = 0; v < WIDE; v++) {
+            vector weights = *(const vector *)(piece + d * PANEL + v * LANES);
+            for (int r = 0; r < rows; r++)
+                sums[r][v] += x[r * width + d] * weights;
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < WIDE; v++)
+            *(vector *)(y + r * y_stride + v * LANES) = sums[r][v];
+}
+
+INLINE void linear_rows(const float *x, i64 width, const float *piece, const float *bias, float *y, i64 y_stride, i64 depth,
+                        const char *ahead, i64 rows, const int at_first, const int lines)
+{
+    switch (rows) {
+    case 1: linear_tile(x, width, piece, bias, y, y_stride, depth, ahead, 1, at_first, lines); break;
+    case 2: linear_tile(x, width, piece, bias, y, y_stride, depth, ahead, 2, at_first, lines); break;
+    case 3: linear_tile(x, width, piece, bias, y, y_stride, depth, ahead, 3, at_first, lines); break;
+    case 4: linear_tile(x, width, piece, bias, y, y_stride, depth, ahead, 4, at_first, lines); break;
+    case 5: linear_tile(x, width, piece, bias, y, y_stride, depth, ahead, 5, at_first, lines); break;
+    default: linear_tile(x, width, piece, bias, y, y_stride, depth, ahead, SIX, at_first, lines);
+    }
+}
+
+/* All rows of a piece of a panel. The next piece comes from memory in their time, so the first of them do not wait for
+ * it: a quarter with each tile, or more where there are fewer. */
+INLINE void linear_piece(const float *x, i64 width, const float *piece, const float *bias, float *y, i64 y_stride, i64 depth,
+                         i64 rows, const int at_first)
+{
+    i64 tiles = (rows + SIX - 1) / SIX;
+    const char *ahead = (const char *)(piece + depth * PANEL);
+    for (i64 tile = 0; tile < tiles; tile++) {
+        i64 row = rows * tile / tiles, count = rows * (tile + 1) / tiles - row;
+        const float *from = x + row * width;
+        float *to = y + row * y_stride;
+        if (tiles >= LINES && tile < LINES)
+            linear_rows(from, width, piece, bias, to, y_stride, depth, ahead + tile * depth * LINE, count, at_first, 1);
+        else if (tiles < LINES && tile == 0)
+            linear_rows(from, width, piece, bias, to, y_stride, depth, ahead, count, at_first, LINES);
+        else
+            linear_rows(from, width, piece, bias, to, y_stride, depth, ahead, count, at_first, 0);
+    }
+}
+
+/* y [rows, outputs] = x [rows, width] * weights + bias, of weights in panels [panels, width, PANEL], padded as the bias
+ * is. */
+void linear(const float *x, const float *panels, const float *bias, float *y, i64 rows, i64 width, i64 outputs)
+{
+#pragma omp parallel for
+    for (i64 column = 0; column < outputs; column += PANEL) {
+        i64 whole = column + PANEL <= outputs;
+        float part[whole ? 1 : rows * PANEL]; /* of a last panel with padding */
+        float *to = whole ? y + column : part;
+        for (i64 first = 0; first < width; first += DEPTH) {
+            i64 depth = width - first < DEPTH ? width - first : DEPTH, stride = whole ? outputs : PANEL;
+            const float *piece = panels + column * width + first * PANEL;
+            if (first)
+                linear_piece(x + first, width, piece, bias, to, stride, depth, rows, 0);
+            else
+                linear_piece(x, width, piece, bias + column, to, stride, depth, rows, 1);
+        }
+        for (i64 row = 0; row < rows && !whole; row++)
+            memcpy(y + row * outputs + column, part + row * PANEL, (outputs - column) * sizeof(float));
+    }
 }
 
 typedef float sixteen __attribute__((vector_size(64)));

@@ -34,6 +34,7 @@ _SIGNATURES = {
     "rotate_and_store": [*[_POINTER] * 5, _FLOAT, *[_POINTER] * 4, *[_INT] * 5],
     "attend_tokens": [_POINTER, _INT, *[_POINTER] * 5, *[_INT] * 6, _FLOAT],
     "attend_chunk": [_POINTER, _INT, *[_POINTER] * 3, *[_INT] * 7, _FLOAT],
+    "linear": [*[_POINTER] * 4, *[_INT] * 3],
     "quantize": [*[_POINTER] * 3, *[_INT] * 4],
 }
 
@@ -59,7 +60,8 @@ class Kernels:
         for name, signature in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = signature, None
-        self._library = library
+        library.panel_columns.restype = _INT
+        self._library, self._panel = library, library.panel_columns()
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
         """`weight * x / sqrt(mean(x * x) + epsilon)` of the last dimension; of the shape of x."""
@@ -141,6 +143,31 @@ class Kernels:
             *(start, tokens, heads, kv_heads, head_dim, capacity, window or 0),
             scaling,
         )
+
+    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights [outputs, inputs] as panels of columns [panels, inputs, columns], and the bias beside them [panels,
+        columns], padded with zeros."""
+        outputs, inputs = weight.shape
+        panels = -(-outputs // self._panel)
+        packed = weight.new_empty(panels, inputs, self._panel)
+        whole = outputs // self._panel
+        packed[:whole] = weight[: whole * self._panel].unflatten(0, (whole, self._panel)).transpose(1, 2)
+        if whole < panels:
+            packed[whole].zero_()[:, : outputs % self._panel] = weight[whole * self._panel :].T
+        padded = weight.new_zeros(panels, self._panel)
+        if bias is not None:
+            padded.view(-1)[:outputs] = bias
+        return packed, padded
+
+    def linear(self, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor, outputs: int) -> torch.Tensor:
+        """The product of x [..., inputs] and what `pack` has made of a layer; [..., outputs]."""
+        x = x.contiguous()
+        width = x.shape[-1]
+        y = x.new_empty(*x.shape[:-1], outputs)
+        self._library.linear(
+            *(tensor.data_ptr() for tensor in (x, packed, bias, y)), *(x.numel() // width, width, outputs)
+        )
+        return y
 
     def quantize(self, rows: torch.Tensor, block: int, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
         """uint8 codes [rows, width] and float32 steps [rows, 1]: every block of a row, times a Hadamard matrix of that

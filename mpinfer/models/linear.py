@@ -1,11 +1,12 @@
 """Linear layers in the form that this CPU computes fastest.
 
-A general GEMM reorders its operands at every call. oneDNN can keep a weight reordered instead, which pays most
-where a step has few rows. Whether it pays here is measured, shape by shape, as layers are loaded.
+A general GEMM reorders its operands at every call. oneDNN, or a kernel of our own, can keep a weight reordered instead,
+which pays most where a step has few rows. Which is fastest here is measured, shape by shape, as layers are loaded.
 """
 
 import time
 from collections import Counter
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -31,13 +32,27 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
 
 
+class CompiledLinear(nn.Module):
+    """A float32 linear layer in the form that mpinfer's own kernel reads."""
+
+    def __init__(self, layer: nn.Linear, kernels: Kernels) -> None:
+        super().__init__()
+        self._kernels, self._outputs = kernels, layer.out_features
+        bias = None if layer.bias is None else layer.bias.detach()
+        self._packed, self._bias = kernels.pack(layer.weight.detach(), bias)
+        self.weight_bytes = layer.weight.nbytes + (0 if bias is None else bias.nbytes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._kernels.linear(x, self._packed, self._bias, self._outputs)
+
+
 class LayerTuner:
     """Replaces layers as they are loaded. `used` counts them by the kernel they got."""
 
     def __init__(self, rows: int, quantize: str = "none", kernels: Kernels | None = None) -> None:
         self._rows = rows  # of a typical input
         self._quantize, self._kernels = quantize, kernels
-        self._packing_pays: dict[torch.Size, bool] = {}
+        self._best: dict[torch.Size, str] = {}  # kernel, by shape of the weight
         self.used: Counter[str] = Counter()
 
     @torch.inference_mode()
@@ -47,10 +62,12 @@ class LayerTuner:
             return self._to_int8(layer)
         if type(layer) is not nn.Linear:
             return layer
-        packed = PackedLinear(layer) if _can_pack(layer.weight) else None
-        pays = packed is not None and self._pays(packed, layer)
-        self.used["onednn" if pays else "torch"] += 1
-        return packed if packed is not None and pays else layer
+        makers = self._makers(layer)
+        if layer.weight.shape not in self._best:
+            self._best[layer.weight.shape] = self._fastest(layer, makers)
+        best = self._best[layer.weight.shape]
+        self.used[best] += 1
+        return makers[best](layer)
 
     def _to_int8(self, layer: nn.Module) -> nn.Module:
         quantized: nn.Module = layer
@@ -63,27 +80,29 @@ class LayerTuner:
         self.used["torch" if quantized is layer else "int8"] += 1
         return quantized
 
-    def _pays(self, packed: PackedLinear, layer: nn.Linear) -> bool:
-        shape = layer.weight.shape
-        if shape not in self._packing_pays:
-            x = torch.randn(self._rows, layer.in_features)
-            self._packing_pays[shape] = _seconds(packed, x) * _WORTH < _seconds(layer, x)
-        return self._packing_pays[shape]
+    def _makers(self, layer: nn.Linear) -> dict[str, Callable[[nn.Linear], nn.Module]]:
+        """What can be made of a layer, by kernel."""
+        makers: dict[str, Callable[[nn.Linear], nn.Module]] = {"torch": lambda layer: layer}
+        if layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32:
+            if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+                makers["onednn"] = PackedLinear
+            if (kernels := self._kernels) is not None:
+                makers["mpinfer"] = lambda layer: CompiledLinear(layer, kernels)
+        return makers
+
+    def _fastest(self, layer: nn.Linear, makers: Mapping[str, Callable[[nn.Linear], nn.Module]]) -> str:
+        if len(makers) == 1:
+            return "torch"
+        x = torch.randn(self._rows, layer.in_features)
+        seconds = {name: _seconds(make(layer), x) for name, make in makers.items()}
+        best = min(seconds, key=lambda name: seconds[name])
+        return best if seconds[best] * _WORTH < seconds["torch"] else "torch"
 
 
 def packed_bytes(model: nn.Module) -> int:
     """Bytes of the weights that packed and quantized layers of a model hold beside its parameters."""
-    kinds = (PackedLinear, PackedConvolution, Int8Linear, Int8Embedding)
+    kinds = (PackedLinear, CompiledLinear, PackedConvolution, Int8Linear, Int8Embedding)
     return sum(module.weight_bytes for module in model.modules() if isinstance(module, kinds))
-
-
-def _can_pack(weight: torch.Tensor) -> bool:
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
 
 
 def _seconds(layer: nn.Module, x: torch.Tensor) -> float:

@@ -149,7 +149,7 @@ class Doubtful:
 
 def test_the_feed_keeps_the_scheduler_stocked_and_reports_bad_records():
     control = Loopback()
-    feed = RecordFeed(control, Doubtful(), ahead=1, account=Account())
+    feed = RecordFeed(control, Doubtful(), ahead=1, step_tokens=64, account=Account())
     scheduler = Scheduler(1, 2, 8, 100, 100)
     assert feed.refill(scheduler)
     assert control.sent == [(0, WANT, 3)]  # two slots and one ahead
@@ -180,7 +180,7 @@ def test_the_feed_keeps_the_scheduler_stocked_and_reports_bad_records():
 
 def test_the_feed_drops_what_another_replica_was_first_with():
     control = Loopback()
-    feed = RecordFeed(control, Doubtful(), ahead=4, account=Account())
+    feed = RecordFeed(control, Doubtful(), ahead=4, step_tokens=64, account=Account())
     scheduler = Scheduler(1, 2, 8, 100, 100)
     feed.refill(scheduler)
     lines = [[index, "a", json.dumps({"token_ids": [index]})] for index in (0, 2, 4)]
@@ -204,7 +204,7 @@ def test_the_feed_drops_what_another_replica_was_first_with():
 
 def test_a_feed_that_is_put_off_waits_and_does_not_ask_again():
     control = Loopback()
-    feed = RecordFeed(control, Doubtful(), ahead=1, account=Account())
+    feed = RecordFeed(control, Doubtful(), ahead=1, step_tokens=64, account=Account())
     scheduler = Scheduler(1, 2, 8, 100, 100)
     feed.refill(scheduler)
     control.send(0, RECORDS, {"records": [], "more": True})

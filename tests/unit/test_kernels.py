@@ -12,6 +12,7 @@ from mpinfer.models import kernels as module
 from mpinfer.models.decoder import DecoderSkeleton
 from mpinfer.models.fused import FusedLinear, FusedMember, concatenated
 from mpinfer.models.kernels import Kernels, find_kernels
+from mpinfer.models.linear import CompiledLinear
 from mpinfer.models.quantize import Int8Linear, hadamard, rotate
 from mpinfer.models.quick import quicken
 
@@ -48,6 +49,17 @@ def test_gates_of_all_sizes(kernels, gelu):
     activated = functional.gelu(gate, approximate="tanh") if gelu else functional.silu(gate)
     found = kernels.gated(torch.cat([gate, up])[None], gelu)[0]
     torch.testing.assert_close(found, activated * up, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("outputs", [64, 130, 5])  # whole panels, some and a part, a part
+@pytest.mark.parametrize("inputs", [96, 200, 3])  # a piece, pieces and a rest, a rest
+def test_linear_layers_of_any_shape_and_rows(kernels, inputs, outputs, bias):
+    layer = nn.Linear(inputs, outputs, bias).requires_grad_(False)
+    compiled = CompiledLinear(layer, kernels)
+    for rows in (*range(1, 14), 24, 25, 130):
+        x = torch.randn(2, rows, inputs)[:, ::2]  # a view with gaps
+        torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("width", [576, 96, 40, 7])

@@ -36,7 +36,7 @@ def test_a_coordinator_that_stops_hands_out_nothing_more_and_takes_in_what_was_b
 
 def test_a_feed_that_stops_finishes_what_has_begun_and_forgets_the_rest():
     control = Loopback()
-    feed = RecordFeed(control, Doubtful(), ahead=4, account=Account())
+    feed = RecordFeed(control, Doubtful(), ahead=4, step_tokens=64, account=Account())
     scheduler = Scheduler(1, 2, 8, 100, 100)
     feed.refill(scheduler)
     lines = [[index, "a", json.dumps({"token_ids": [index]})] for index in (0, 2, 4)]
@@ -61,7 +61,7 @@ def test_a_feed_that_stops_finishes_what_has_begun_and_forgets_the_rest():
 
 def test_a_feed_that_waits_for_records_is_told():
     control = Loopback()
-    feed = RecordFeed(control, Doubtful(), ahead=1, account=Account())
+    feed = RecordFeed(control, Doubtful(), ahead=1, step_tokens=64, account=Account())
     scheduler = Scheduler(1, 2, 8, 100, 100)
     feed.refill(scheduler)
     with pytest.raises(AssertionError):  # the loop-back serves its messages and finds the feed still waiting
