@@ -3,6 +3,7 @@
 Every rank runs `run_job`; what a rank is gets decided once, by what is built for it.
 """
 
+import gc
 import json
 import platform
 import socket
@@ -197,6 +198,7 @@ def _run_part(world: World, layout: Layout, rank: "Rank", coordinator: Coordinat
             raise RankLost
 
     endpoint.when_lost = lose
+    gc.freeze()  # what loading has left stays: to search all of it for garbage takes as long as several steps
     try:
         rank.run()
     except WorldLostError:
@@ -208,6 +210,8 @@ def _run_part(world: World, layout: Layout, rank: "Rank", coordinator: Coordinat
         if not endpoint.find_lost() & own:
             raise
         rank.abandon()
+    finally:
+        gc.unfreeze()
     looping = False
     endpoint.send(COORDINATOR, ACCOUNT, _close_account(world, rank))
     endpoint.flush()

@@ -40,6 +40,15 @@ class KVCache:
             self._layers[index] = (_zeros(shape, dtype, self.device), _zeros(shape, dtype, self.device))
         return self._layers[index]
 
+    @torch.inference_mode()
+    def fill(self, segments: Sequence[Segment]) -> None:
+        """Write all that these tokens look at, for whoever times them: what was never written is all the same page of
+        zeros, which stays in a CPU's caches."""
+        for layer in self._layers.values():
+            for tensor in layer:
+                for segment in segments:
+                    tensor[segment.slot, :, : segment.start + segment.length] = 0
+
     def release(self, slot: int) -> None:
         """Give the memory of a slot's keys and values back. Its next sequence starts from zeros."""
         if self.device != "cpu":

@@ -115,13 +115,15 @@ class _Bench:
 
     def __init__(self, part: DecoderPart, skeleton: DecoderSkeleton, cache: KVCache) -> None:
         self._part, self._hidden, self._dtype = part, skeleton.hidden_size, skeleton.dtype
-        self._stage = DecodeStage(part, cache, NoReadout(part), Halving())
+        self._stage, self._cache = DecodeStage(part, cache, NoReadout(part), Halving()), cache
 
     def step(self, segments: Sequence[Segment]) -> Callable[[], object]:
         """A step of these, to be called again and again."""
         rows = sum(segment.length for segment in segments)
         header = encode_step(Step(tuple(segments), (0,) * rows)).header
         message = Message(header, (torch.zeros(rows, self._hidden, dtype=self._dtype),))
+        self._stage.forward(message)
+        self._cache.fill(segments)
         return partial(self._stage.forward, message)
 
     def products(self, segments: Sequence[Segment]) -> Callable[[], object]:

@@ -85,7 +85,7 @@ class DecodeRank:
         finishes = self._part.first and shard is None
         on_the_way: Readout = none if finishes else readout
         self._readout: Readout = readout if finishes else none
-        cache = KVCache(layout.in_flight * layout.micro_batch, self._max_length, device)
+        self._cache = cache = KVCache(layout.in_flight * layout.micro_batch, self._max_length, device)
         outbox = self._outbox()
         self._inbox = self._first_inbox(skeleton, outbox, needs_logits) if self._part.first else self._activations()
         self._halving = Halving("" if shard is None else "its parts are on several shards")
@@ -113,7 +113,12 @@ class DecodeRank:
             self._stage.forward(message)
             self._readout.reduce(hidden, (0,) * samples)
 
-        return Timed(demand(step), steady_s(run, least_s, self._agree))
+        run()
+        self._cache.fill(segments)
+        timed = Timed(demand(step), steady_s(run, least_s, self._agree))
+        for segment in segments:
+            self._cache.release(segment.slot)
+        return timed
 
     def run(self) -> None:
         """The loop, until the stream of steps ends."""
