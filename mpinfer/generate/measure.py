@@ -18,7 +18,7 @@ from mpinfer.generate.stage import DecodeStage, encode_step
 from mpinfer.models.decoder import DecoderPart, DecoderSkeleton
 from mpinfer.models.halving import Halving
 from mpinfer.models.linear import CompiledLinear, PackedLinear
-from mpinfer.models.quantize import Int8Linear
+from mpinfer.models.quantize import CompiledInt8Linear, Int8Linear
 from mpinfer.plan.block import ModelSummary
 from mpinfer.plan.cost import ZERO, Curve, Rates
 from mpinfer.transport.message import Message
@@ -29,7 +29,7 @@ _NEAR, _FAR = 128, 640  # tokens of context
 _FAR_ROWS = 16
 _LEAST_ROUNDS = 2
 _CACHE_BYTES = 2**27  # more than the last level of most CPUs holds
-_PRODUCTS = (nn.Linear, PackedLinear, CompiledLinear, Int8Linear)
+_PRODUCTS = (nn.Linear, PackedLinear, CompiledLinear, Int8Linear, CompiledInt8Linear)
 _VOCABULARY = 16384  # tokens of the output embedding that are timed; it costs in proportion
 
 

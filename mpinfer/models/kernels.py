@@ -35,6 +35,7 @@ _SIGNATURES = {
     "attend_tokens": [_POINTER, _INT, *[_POINTER] * 5, *[_INT] * 6, _FLOAT],
     "attend_chunk": [_POINTER, _INT, *[_POINTER] * 3, *[_INT] * 7, _FLOAT],
     "linear": [*[_POINTER] * 4, *[_INT] * 3],
+    "linear_int8": [*[_POINTER] * 7, *[_INT] * 3],
     "quantize": [*[_POINTER] * 3, *[_INT] * 4],
 }
 
@@ -62,6 +63,7 @@ class Kernels:
             function.argtypes, function.restype = signature, None
         library.panel_columns.restype = _INT
         self._library, self._panel = library, library.panel_columns()
+        self.has_int8 = bool(library.has_int8())  # whether this CPU has instructions for it
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
         """`weight * x / sqrt(mean(x * x) + epsilon)` of the last dimension; of the shape of x."""
@@ -145,19 +147,20 @@ class Kernels:
         )
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights [outputs, inputs] as panels of columns [panels, inputs, columns], and the bias beside them [panels,
-        columns], padded with zeros."""
-        outputs, inputs = weight.shape
-        panels = -(-outputs // self._panel)
-        packed = weight.new_empty(panels, inputs, self._panel)
-        whole = outputs // self._panel
-        packed[:whole] = weight[: whole * self._panel].unflatten(0, (whole, self._panel)).transpose(1, 2)
-        if whole < panels:
-            packed[whole].zero_()[:, : outputs % self._panel] = weight[whole * self._panel :].T
-        padded = weight.new_zeros(panels, self._panel)
-        if bias is not None:
-            padded.view(-1)[:outputs] = bias
-        return packed, padded
+        """Weights [outputs, inputs] as panels of columns [panels, inputs, columns], and the bias [panels * columns];
+        both padded with zeros."""
+        packed = self.in_panels(weight).transpose(1, 2).contiguous()
+        return packed, self.in_panels(weight.new_zeros(len(weight)) if bias is None else bias).flatten()
+
+    def pack_int8(self, codes: torch.Tensor) -> torch.Tensor:
+        """int8 codes [outputs, inputs] as panels [panels, inputs / 4, columns, 4], padded with zeros."""
+        return self.in_panels(codes).unflatten(2, (-1, 4)).transpose(1, 2).contiguous()
+
+    def in_panels(self, rows: torch.Tensor) -> torch.Tensor:
+        """As many rows a panel as a kernel computes together, padded with zeros: [panels, rows of a panel, ...]."""
+        if missing := -len(rows) % self._panel:
+            rows = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
+        return rows.unflatten(0, (-1, self._panel))
 
     def linear(self, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor, outputs: int) -> torch.Tensor:
         """The product of x [..., inputs] and what `pack` has made of a layer; [..., outputs]."""
@@ -167,6 +170,22 @@ class Kernels:
         self._library.linear(
             *(tensor.data_ptr() for tensor in (x, packed, bias, y)), *(x.numel() // width, width, outputs)
         )
+        return y
+
+    def linear_int8(
+        self,
+        codes: torch.Tensor,  # uint8 [rows, inputs]
+        steps: torch.Tensor,  # [rows, 1]
+        packed: torch.Tensor,  # of `pack_int8`
+        compensation: torch.Tensor,  # int32 [panels * columns]: what a code of zero adds to each output, negative
+        scales: torch.Tensor,  # [panels * columns]
+        bias: torch.Tensor,
+        outputs: int,
+    ) -> torch.Tensor:
+        """`(codes @ weights + compensation) * scales * steps + bias`, float32 [rows, outputs]. Needs `has_int8`."""
+        y = steps.new_empty(len(codes), outputs)
+        tensors = (codes, steps, packed, compensation, scales, bias, y)
+        self._library.linear_int8(*(tensor.data_ptr() for tensor in tensors), *codes.shape, outputs)
         return y
 
     def quantize(self, rows: torch.Tensor, block: int, levels: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,14 +6,14 @@ which pays most where a step has few rows. Which is fastest here is measured, sh
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from mpinfer.models.convolution import PackedConvolution
 from mpinfer.models.kernels import Kernels
-from mpinfer.models.quantize import Int8Embedding, Int8Linear
+from mpinfer.models.quantize import CompiledInt8Linear, Int8Embedding, Int8Linear
 
 _REPEATS = 5
 _WORTH = 1.05  # a packed weight must be this much faster to be taken: below it, timing noise would choose
@@ -46,6 +46,10 @@ class CompiledLinear(nn.Module):
         return self._kernels.linear(x, self._packed, self._bias, self._outputs)
 
 
+Makers = dict[str, Callable[[nn.Linear], nn.Module]]
+"""What can be made of a layer, by kernel."""
+
+
 class LayerTuner:
     """Replaces layers as they are loaded. `used` counts them by the kernel they got."""
 
@@ -58,31 +62,23 @@ class LayerTuner:
     @torch.inference_mode()
     def tune(self, layer: nn.Module) -> nn.Module:
         """The layer to use instead of `layer`, or `layer` itself."""
-        if self._quantize == "int8":
-            return self._to_int8(layer)
-        if type(layer) is not nn.Linear:
-            return layer
-        makers = self._makers(layer)
-        if layer.weight.shape not in self._best:
-            self._best[layer.weight.shape] = self._fastest(layer, makers)
-        best = self._best[layer.weight.shape]
-        self.used[best] += 1
-        return makers[best](layer)
-
-    def _to_int8(self, layer: nn.Module) -> nn.Module:
-        quantized: nn.Module = layer
         if type(layer) is nn.Linear:
-            quantized = Int8Linear(layer, self._kernels)
-        elif type(layer) is nn.Embedding:
-            quantized = Int8Embedding(layer)
-        elif not any(p.dim() > 1 for p in layer.parameters(recurse=False)):
+            makers = self._int8_makers(layer) if self._quantize == "int8" else self._makers(layer)
+            if layer.weight.shape not in self._best:
+                self._best[layer.weight.shape] = self._fastest(layer, makers)
+            best = self._best[layer.weight.shape]
+            self.used[best] += 1
+            return makers[best](layer)
+        if self._quantize != "int8" or not any(p.dim() > 1 for p in layer.parameters(recurse=False)):
             return layer  # a norm, or a module of modules: nothing to compress
-        self.used["torch" if quantized is layer else "int8"] += 1
-        return quantized
+        if type(layer) is nn.Embedding:
+            self.used["int8 table"] += 1
+            return Int8Embedding(layer)
+        self.used["torch"] += 1
+        return layer
 
-    def _makers(self, layer: nn.Linear) -> dict[str, Callable[[nn.Linear], nn.Module]]:
-        """What can be made of a layer, by kernel."""
-        makers: dict[str, Callable[[nn.Linear], nn.Module]] = {"torch": lambda layer: layer}
+    def _makers(self, layer: nn.Linear) -> Makers:
+        makers: Makers = {"torch": lambda layer: layer}
         if layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32:
             if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
                 makers["onednn"] = PackedLinear
@@ -90,18 +86,26 @@ class LayerTuner:
                 makers["mpinfer"] = lambda layer: CompiledLinear(layer, kernels)
         return makers
 
-    def _fastest(self, layer: nn.Linear, makers: Mapping[str, Callable[[nn.Linear], nn.Module]]) -> str:
+    def _int8_makers(self, layer: nn.Linear) -> Makers:
+        makers: Makers = {"onednn int8": lambda layer: Int8Linear(layer, self._kernels)}
+        if (kernels := self._kernels) is not None and CompiledInt8Linear.fits(layer, kernels):
+            makers["mpinfer int8"] = lambda layer: CompiledInt8Linear(layer, kernels)
+        return makers
+
+    def _fastest(self, layer: nn.Linear, makers: Makers) -> str:
+        """The first of them, unless another is clearly faster."""
+        first = next(iter(makers))
         if len(makers) == 1:
-            return "torch"
+            return first
         x = torch.randn(self._rows, layer.in_features)
         seconds = {name: _seconds(make(layer), x) for name, make in makers.items()}
         best = min(seconds, key=lambda name: seconds[name])
-        return best if seconds[best] * _WORTH < seconds["torch"] else "torch"
+        return best if seconds[best] * _WORTH < seconds[first] else first
 
 
 def packed_bytes(model: nn.Module) -> int:
     """Bytes of the weights that packed and quantized layers of a model hold beside its parameters."""
-    kinds = (PackedLinear, CompiledLinear, PackedConvolution, Int8Linear, Int8Embedding)
+    kinds = (PackedLinear, CompiledLinear, PackedConvolution, Int8Linear, CompiledInt8Linear, Int8Embedding)
     return sum(module.weight_bytes for module in model.modules() if isinstance(module, kinds))
 
 

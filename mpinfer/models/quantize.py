@@ -63,6 +63,33 @@ class Int8Linear(nn.Module):
         return (rows * steps.reciprocal()).round_().to(torch.int8).view(torch.uint8).add_(self._levels + 1), steps
 
 
+class CompiledInt8Linear(nn.Module):
+    """The same by mpinfer's own kernel, for a CPU that has instructions for it and inputs that are a multiple of 4."""
+
+    def __init__(self, layer: nn.Linear, kernels: Kernels) -> None:
+        super().__init__()
+        self._kernels, self._levels = kernels, 127
+        self._in_features, self._outputs = layer.in_features, layer.out_features
+        self._block = _largest_block(layer.in_features)
+        codes, scales = quantize_rows(rotate(layer.weight, hadamard(self._block)))
+        self._packed, self._scales = kernels.pack_int8(codes), kernels.in_panels(scales).flatten()
+        self._compensation = kernels.in_panels((codes.sum(1) * -(self._levels + 1)).int()).flatten()
+        bias = torch.zeros_like(scales) if layer.bias is None else layer.bias.detach()
+        self._bias = kernels.in_panels(bias).flatten()
+        self.weight_bytes = codes.nbytes + 3 * scales.nbytes
+
+    @staticmethod
+    def fits(layer: nn.Linear, kernels: Kernels | None) -> bool:
+        return kernels is not None and kernels.has_int8 and layer.in_features % 4 == 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        codes, steps = self._kernels.quantize(x.reshape(-1, self._in_features), self._block, self._levels)
+        y = self._kernels.linear_int8(
+            codes, steps, self._packed, self._compensation, self._scales, self._bias, self._outputs
+        )
+        return y.view(*x.shape[:-1], -1)
+
+
 class Int8Embedding(nn.Module):
     """An embedding table of int8 codes [entries, dimension] and float32 scales [entries, 1]."""
 

@@ -75,7 +75,7 @@ def test_a_loaded_model_holds_a_third_and_no_float_matrix(tiny_llama):
 
     before = matrices()
     part = DecoderSkeleton(tiny_llama[0], "float32", "int8").load_part(0, 6, "cpu", 4, lambda: None, range(128))
-    assert part.used["int8"] == 18
+    assert sum(count for kernel, count in part.used.items() if "int8" in kernel) == 18
     assert not {"onednn", "torch"} & set(part.used)
     columns = sum(1 for m in part.model.modules() if isinstance(m, Int8Embedding))  # scales [entries, 1]
     rotations = len({m.in_features & -m.in_features for m in tiny_llama[1].modules() if isinstance(m, nn.Linear)})
