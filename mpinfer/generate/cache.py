@@ -79,6 +79,7 @@ class PackedStep:
         self._runs = _runs(segments[:decoding])
         self._chunks = list(zip(offsets[decoding:-1].tolist(), segments[decoding:], strict=True))
         self._places_of: dict[int, torch.Tensor] = {}
+        self._head_places: dict[int, torch.Tensor] = {}
         self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
 
     def attend(
@@ -94,8 +95,7 @@ class PackedStep:
         """Store keys and values, then attend from every token to its own sequence. [tokens, heads, head_dim]."""
         _, kv_heads, head_dim = key.shape
         keys, values = self._cache.layer(layer, kv_heads, head_dim, key.dtype)
-        heads = torch.arange(kv_heads, device=key.device) * self._cache.capacity
-        places = (self._places(kv_heads)[:, None] + heads).flatten()  # in a layer seen as rows of head_dim
+        places = self._places_of_heads(kv_heads)
         keys.view(-1, head_dim).index_copy_(0, places, key.reshape(-1, head_dim))
         values.view(-1, head_dim).index_copy_(0, places, value.reshape(-1, head_dim))
         return self._look_up(query, keys, values, scaling, sliding_window, softcap)
@@ -184,6 +184,13 @@ class PackedStep:
         if kv_heads not in self._places_of:
             self._places_of[kv_heads] = self._slots * kv_heads * self._cache.capacity + self.positions
         return self._places_of[kv_heads]
+
+    def _places_of_heads(self, kv_heads: int) -> torch.Tensor:
+        """The same of every token and head. [tokens * kv_heads]"""
+        if kv_heads not in self._head_places:
+            heads = torch.arange(kv_heads, device=self._slots.device) * self._cache.capacity
+            self._head_places[kv_heads] = (self._places(kv_heads)[:, None] + heads).flatten()
+        return self._head_places[kv_heads]
 
     def _mask(
         self, row: int, positions: torch.Tensor, length: int, window: int | None, dtype: torch.dtype

@@ -329,6 +329,7 @@ void attend_chunk(const float *query, i64 stride, const float *keys, const float
 #define PANEL (LANES * WIDE) /* outputs of a linear layer that are computed together */
 #define DEPTH 96             /* inputs: such a piece of a panel stays in the first cache for all rows */
 #define LINES (PANEL * 4 / LINE)
+#define MOST_ROWS 512 /* whose sums lie on the stack */
 
 i64 panel_columns(void) { return PANEL; }
 
@@ -393,21 +394,22 @@ INLINE void linear_piece(const float *x, i64 width, const float *piece, const fl
 void linear(const float *x, const float *panels, const float *bias, float *y, i64 rows, i64 width, i64 outputs)
 {
 #pragma omp parallel for
-    for (i64 column = 0; column < outputs; column += PANEL) {
-        i64 whole = column + PANEL <= outputs;
-        float part[whole ? 1 : rows * PANEL]; /* of a last panel with padding */
-        float *to = whole ? y + column : part;
-        for (i64 first = 0; first < width; first += DEPTH) {
-            i64 depth = width - first < DEPTH ? width - first : DEPTH, stride = whole ? outputs : PANEL;
-            const float *piece = panels + column * width + first * PANEL;
-            if (first)
-                linear_piece(x + first, width, piece, bias, to, stride, depth, rows, 0);
-            else
-                linear_piece(x, width, piece, bias + column, to, stride, depth, rows, 1);
+    for (i64 column = 0; column < outputs; column += PANEL)
+        for (i64 start = 0; start < rows; start += MOST_ROWS) {
+            i64 some = rows - start < MOST_ROWS ? rows - start : MOST_ROWS, whole = column + PANEL <= outputs;
+            float part[whole ? 1 : some * PANEL]; /* of a last panel with padding */
+            float *own = y + start * outputs + column, *to = whole ? own : part;
+            for (i64 first = 0; first < width; first += DEPTH) {
+                i64 depth = width - first < DEPTH ? width - first : DEPTH, stride = whole ? outputs : PANEL;
+                const float *from = x + start * width + first, *piece = panels + column * width + first * PANEL;
+                if (first)
+                    linear_piece(from, width, piece, bias, to, stride, depth, some, 0);
+                else
+                    linear_piece(from, width, piece, bias + column, to, stride, depth, some, 1);
+            }
+            for (i64 row = 0; row < some && !whole; row++)
+                memcpy(own + row * outputs, part + row * PANEL, (outputs - column) * sizeof(float));
         }
-        for (i64 row = 0; row < rows && !whole; row++)
-            memcpy(y + row * outputs + column, part + row * PANEL, (outputs - column) * sizeof(float));
-    }
 }
 
 typedef float sixteen __attribute__((vector_size(64)));
@@ -518,39 +520,50 @@ INLINE void int8_rows(const uint8_t *codes, i64 width, const int8_t *piece, int3
     }
 }
 
+/* As linear_piece. */
+INLINE void int8_piece(const uint8_t *codes, i64 width, const int8_t *piece, int32_t *sums, i64 quads, i64 rows)
+{
+    i64 tiles = (rows + SIX - 1) / SIX;
+    const char *ahead = (const char *)piece + quads * PANEL * 4;
+    for (i64 tile = 0; tile < tiles; tile++) {
+        i64 row = rows * tile / tiles, count = rows * (tile + 1) / tiles - row;
+        const uint8_t *from = codes + row * width;
+        int32_t *to = sums + row * PANEL;
+        if (tiles >= LINES && tile < LINES)
+            int8_rows(from, width, piece, to, quads, ahead + tile * quads * LINE, count, 1);
+        else if (tiles < LINES && tile == 0)
+            int8_rows(from, width, piece, to, quads, ahead, count, LINES);
+        else
+            int8_rows(from, width, piece, to, quads, ahead, count, 0);
+    }
+}
+
 /* y [rows, outputs] = (codes - zero) [rows, width] * weights * scales * steps + bias, of weights in panels [panels,
  * width / 4, PANEL, 4]; `compensation` is what `zero` makes of each output. */
 void linear_int8(const uint8_t *codes, const float *steps, const int8_t *panels, const int32_t *compensation,
                  const float *scales, const float *bias, float *y, i64 rows, i64 width, i64 outputs)
 {
-    i64 tiles = (rows + SIX - 1) / SIX;
 #pragma omp parallel for
-    for (i64 column = 0; column < outputs; column += PANEL) {
-        int32_t sums[rows * PANEL];
-        for (i64 row = 0; row < rows; row++)
-            memcpy(sums + row * PANEL, compensation + column, PANEL * sizeof(int32_t));
-        for (i64 first = 0; first < width / 4; first += QUADS) {
-            i64 quads = width / 4 - first < QUADS ? width / 4 - first : QUADS;
-            const int8_t *piece = panels + column * width + first * PANEL * 4;
-            const char *ahead = (const char *)piece + quads * PANEL * 4;
-            for (i64 tile = 0; tile < tiles; tile++) {
-                i64 row = rows * tile / tiles, count = rows * (tile + 1) / tiles - row;
-                const uint8_t *from = codes + row * width + first * 4;
-                int32_t *to = sums + row * PANEL;
-                if (tiles >= LINES && tile < LINES)
-                    int8_rows(from, width, piece, to, quads, ahead + tile * quads * LINE, count, 1);
-                else if (tiles < LINES && tile == 0)
-                    int8_rows(from, width, piece, to, quads, ahead, count, LINES);
-                else
-                    int8_rows(from, width, piece, to, quads, ahead, count, 0);
+    for (i64 column = 0; column < outputs; column += PANEL)
+        for (i64 start = 0; start < rows; start += MOST_ROWS) {
+            i64 some = rows - start < MOST_ROWS ? rows - start : MOST_ROWS;
+            i64 columns = outputs - column < PANEL ? outputs - column : PANEL;
+            int32_t sums[some * PANEL];
+            for (i64 row = 0; row < some; row++)
+                memcpy(sums + row * PANEL, compensation + column, PANEL * sizeof(int32_t));
+            for (i64 first = 0; first < width / 4; first += QUADS) {
+                i64 quads = width / 4 - first < QUADS ? width / 4 - first : QUADS;
+                int8_piece(codes + start * width + first * 4, width, panels + column * width + first * PANEL * 4, sums,
+                           quads, some);
+            }
+            for (i64 row = 0; row < some; row++) {
+                const int32_t *from = sums + row * PANEL;
+                float *to = y + (start + row) * outputs + column, step = steps[start + row];
+#pragma omp simd
+                for (i64 i = 0; i < columns; i++)
+                    to[i] = from[i] * scales[column + i] * step + bias[column + i];
             }
         }
-        i64 count = outputs - column < PANEL ? outputs - column : PANEL;
-        for (i64 row = 0; row < rows; row++)
-#pragma omp simd
-            for (i64 i = 0; i < count; i++)
-                y[row * outputs + column + i] = sums[row * PANEL + i] * scales[column + i] * steps[row] + bias[column + i];
-    }
 }
 #else
 void linear_int8(void) {}
