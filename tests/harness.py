@@ -1,5 +1,6 @@
 """Start worlds of ranks under the MPIs at hand, and hold what they computed against transformers."""
 
+import functools
 import json
 import os
 import signal
@@ -47,6 +48,27 @@ class Mpi:
         return [str(self.bin_dir / "mpiexec"), *_LAUNCHER_OPTIONS[self.name], *self.options, "-n", str(ranks), *program]
 
 
+@functools.cache
+def _kernels() -> list[Path]:
+    """Compiled once for all tests."""
+    import torch
+
+    from mpinfer.directories import cache_directory
+    from mpinfer.models.kernels import find_kernels
+
+    find_kernels("auto", "cpu", torch.float32)
+    return list(cache_directory().glob("kernels-*.so"))
+
+
+def own_cache(scratch: Path) -> dict[str, str]:
+    """A variable that gives a world a cache of its own: links that one test measured are not another's."""
+    directory = scratch / "mpinfer"
+    directory.mkdir(mode=0o700)
+    for library in _kernels():
+        (directory / library.name).symlink_to(library)
+    return {"XDG_CACHE_HOME": str(scratch)}
+
+
 def find_mpis() -> list[Mpi]:
     """The MPIs that MPINFER_TEST_VENVS names, there or not; without it the default ones that are there."""
     named = os.environ.get(VENVS_VARIABLE)
@@ -87,7 +109,7 @@ class World:
         self._texts = Path(self._scratch.name, "stdout"), Path(self._scratch.name, "stderr")
         inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
         root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-        cache = {"XDG_CACHE_HOME": self._scratch.name}  # links that one test measured are not another's
+        cache = own_cache(Path(self._scratch.name))
         with self._texts[0].open("wb") as stdout, self._texts[1].open("wb") as stderr:
             self.launcher = subprocess.Popen(
                 mpi.command(ranks, args),

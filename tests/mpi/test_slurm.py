@@ -18,6 +18,7 @@ from harness import (
     complete_run,
     eventually,
     mpirun,
+    own_cache,
     read_jsonl,
     read_timing,
     write_jsonl,
@@ -47,7 +48,8 @@ class Job:
     def __init__(self, slurm: SlurmLab, directory: Path, command: Sequence[Any]) -> None:
         self._slurm, self._directory = slurm, directory
         self._scratch = tempfile.TemporaryDirectory(prefix="job-")
-        environ = {**os.environ, **slurm.environ, "TMPDIR": self._scratch.name, "XDG_CACHE_HOME": self._scratch.name}
+        own = {"TMPDIR": self._scratch.name, **own_cache(Path(self._scratch.name))}
+        environ = {**os.environ, **slurm.environ, **own}
         for name in ("OMP_NUM_THREADS", "HYDRA_LAUNCHER", "HYDRA_LAUNCHER_EXEC"):  # Hydra is to use Slurm, too
             environ.pop(name, None)
         told = subprocess.run(slurm.command(command), cwd=directory, env=environ, capture_output=True, text=True)
