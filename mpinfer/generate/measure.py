@@ -130,8 +130,9 @@ class _Bench:
         """The matrix products of such a step alone."""
         calls: list[tuple[nn.Module, torch.Tensor]] = []
         layers = [module for module in self._part.model.modules() if type(module) in _PRODUCTS]
+        step = self.step(segments)
         hooks = [layer.register_forward_pre_hook(lambda m, args: calls.append((m, args[0]))) for layer in layers]
-        self.step(segments)()
+        step()
         for hook in hooks:
             hook.remove()
 
