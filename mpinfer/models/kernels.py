@@ -215,7 +215,7 @@ def _load() -> Kernels:
                     _compile(compiler, library)
         return Kernels(ctypes.CDLL(str(library)))
     except OSError as error:
-        raise CannotCompile(f"{library}: {error.strerror or error}") from None
+        raise CannotCompile(f"{library} cannot be made or loaded ({error.strerror or error}); remove it") from None
 
 
 def _wait_for(lock: int) -> None:
@@ -233,12 +233,15 @@ def _compile(compiler: str, library: Path) -> None:
         command = [*shlex.split(compiler), *_FLAGS, str(_SOURCE), "-o", temporary, "-lm"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILING_TIMEOUT_S)
         if done.returncode:
-            raise CannotCompile(f"{compiler} failed: {(done.stderr.strip() or 'no words').splitlines()[0]}")
+            said = (done.stderr.strip() or "no words").splitlines()[0]
+            raise CannotCompile(f"{compiler} failed: {said}; name another compiler in CC")
         os.replace(temporary, library)
     except FileNotFoundError:
-        raise CannotCompile(f"there is no C compiler {compiler!r}") from None
+        raise CannotCompile(f"there is no C compiler {compiler!r}; install one, or name it in CC") from None
     except subprocess.TimeoutExpired:
-        raise CannotCompile(f"{compiler} took more than {_COMPILING_TIMEOUT_S} s") from None
+        raise CannotCompile(
+            f"{compiler} took more than {_COMPILING_TIMEOUT_S} s; name another compiler in CC"
+        ) from None
     finally:
         Path(temporary).unlink(missing_ok=True)
 

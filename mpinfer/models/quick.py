@@ -34,8 +34,9 @@ def quicken(model: nn.Module, kernels: Kernels) -> Counter[str]:
             module.forward = _norm_forward(*norm, kernels)
             replaced["norm"] += 1
     for module in modules:
-        for kind, find in (("gated MLP", _gated), ("attention", _attention)):
-            if (forward := find(module, kernels, norms)) is not None:
+        found = {"gated MLP": _gated(module, kernels), "attention": _attention(module, kernels, norms)}
+        for kind, forward in found.items():
+            if forward is not None:
                 module.forward = forward
                 replaced[kind] += 1
     return replaced
@@ -56,7 +57,7 @@ def _norm_forward(weight: torch.Tensor, epsilon: float, kernels: Kernels) -> For
     return lambda x: kernels.rms_norm(x, weight, epsilon)
 
 
-def _gated(mlp: Any, kernels: Kernels, norms: Norms) -> Forward | None:
+def _gated(mlp: Any, kernels: Kernels) -> Forward | None:
     """`down(activation(gate(x)) * up(x))`, where gate and up are computed as one."""
     group, activation = _group(mlp, "gate_proj", "up_proj"), getattr(mlp, "act_fn", None)
     if group is None or activation is None or not hasattr(mlp, "down_proj"):

@@ -63,8 +63,8 @@ def _uncompiled(timing: dict[str, Any]) -> Iterator[str]:
             problems.setdefault(problem, []).append(str(rank["rank"]))
     for problem, ranks in problems.items():
         yield (
-            f"rank {', '.join(ranks)} computed with torch's kernels, which are slower than mpinfer's own: {problem}; "
-            "install a C compiler or name it in CC, or set model.kernels: torch"
+            f"rank {', '.join(ranks)} computed with torch's kernels, which are slower than mpinfer's own: {problem}, "
+            "or set model.kernels: torch"
         )
 
 

@@ -60,8 +60,7 @@ def test_plan_needs_no_mpi(tiny: Tiny) -> None:
     command = [sys.executable, "-c", _WITHOUT_MPI, "plan", tiny.job, "--ranks", "2", "--json"]
     plan = subprocess.run(command, capture_output=True, text=True, check=False)
     assert plan.returncode == 0, plan.stderr
-    layout = json.loads(plan.stdout)  # which one it is depends on what was timed
-    assert layout["replicas"] * layout["stages"] * layout["shards"] == 2
+    assert json.loads(plan.stdout)["replicas"] == 2
 
 
 def test_doctor_sees_both_ranks(mpi: Mpi) -> None:

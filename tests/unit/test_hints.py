@@ -52,7 +52,10 @@ def test_a_run_in_order_gets_none() -> None:
         (timing(rank(0, compute_s=8.0), rank(1, compute_s=28.0)), ["rank 1 on node1 (stage 1)", "parallel.stages"]),
         (timing(rank(0), rank(1, halved_batches=3)), ["rank 1 on node1 ran out of memory 3 times", "micro_batch"]),
         (
-            timing(*(rank(number, kernels_problem="there is no C compiler 'cc'") for number in range(2)), wall_s=3.0),
+            timing(
+                *(rank(number, kernels_problem="there is no C compiler 'cc'; install one") for number in range(2)),
+                wall_s=3.0,
+            ),
             ["rank 0, 1 computed with torch's kernels", "there is no C compiler 'cc'; install", "model.kernels: torch"],
         ),
         (timing(rank(0), rank(1), predicted_wall_s=15.0), ["30.0 s where 15.0 s were predicted", "--exclusive"]),

@@ -120,6 +120,9 @@ def test_a_row_does_not_depend_on_the_others(kernels):
     for row in (slice(i, i + 1) for i in range(5)):
         kernels.attend_tokens(query[row], keys, values, places[row], positions[row], alone[row], 0.2, None)
     assert torch.equal(together, alone)
+    layer = CompiledLinear(nn.Linear(200, 130).requires_grad_(False), kernels)
+    x = torch.randn(27, 200)
+    assert torch.equal(layer(x), torch.cat([layer(row) for row in x.split(1)]))
 
 
 # -- what they replace --------------------------------------------------------------------------------------------
@@ -221,6 +224,7 @@ def test_a_damaged_library_is_told(fresh, monkeypatch):
     found, problem = find_kernels("auto", "cpu", torch.float32)
     assert found is None
     assert str(fresh) in problem
+    assert problem.endswith("; remove it")
 
 
 @pytest.mark.parametrize(
