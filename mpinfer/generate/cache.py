@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from mpinfer.generate.scheduler import Segment
 from mpinfer.models.kernels import Kernels
+from mpinfer.models.layer import Attention, CompiledLayer, LayerStep
 
 # Address space, not memory: Linux's flag for it, which Python names from 3.13 on.
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
@@ -80,6 +81,7 @@ class PackedStep:
         self._chunks = list(zip(offsets[decoding:-1].tolist(), segments[decoding:], strict=True))
         self._places_of: dict[int, torch.Tensor] = {}
         self._head_places: dict[int, torch.Tensor] = {}
+        self._layer_steps: dict[int, LayerStep] = {}
         self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
 
     def attend(
@@ -102,23 +104,33 @@ class PackedStep:
 
     def attend_projected(
         self,
-        layer: int,
+        facts: Attention,
         projected: torch.Tensor,  # [tokens, (heads + 2 * kv_heads) * head_dim]
         cosines: torch.Tensor,  # [tokens, head_dim]
         sines: torch.Tensor,
-        norms: tuple[torch.Tensor, torch.Tensor, float] | None,
-        kv_heads: int,
-        head_dim: int,
-        scaling: float,
-        sliding_window: int | None,
-        softcap: float | None,
     ) -> torch.Tensor:
         """The same from queries, keys and values side by side, before norms and rotary embeddings. Needs kernels."""
         assert self._kernels is not None
-        keys, values = self._cache.layer(layer, kv_heads, head_dim, projected.dtype)
-        places = self._places(kv_heads)
-        query = self._kernels.rotate_and_store(projected, cosines, sines, norms, keys, values, places)
-        return self._look_up(query, keys, values, scaling, sliding_window, softcap)
+        keys, values = self._cache.layer(facts.layer, facts.kv_heads, facts.head_dim, projected.dtype)
+        places = self._places(facts.kv_heads)
+        query = self._kernels.rotate_and_store(projected, cosines, sines, facts.norms, keys, values, places)
+        return self._look_up(query, keys, values, facts.scaling, facts.window, facts.softcap)
+
+    def compute(
+        self,
+        layer: CompiledLayer,
+        x: torch.Tensor,  # [tokens, hidden]
+        cosines: torch.Tensor,  # [tokens, head_dim]
+        sines: torch.Tensor,
+    ) -> torch.Tensor:
+        """A whole layer; [tokens, hidden], or of a last one [samples, hidden]."""
+        facts = layer.attention
+        keys, values = self._cache.layer(facts.layer, facts.kv_heads, facts.head_dim, x.dtype)
+        return layer(self._layer_step(facts.kv_heads), keys, values, cosines, sines, x)
+
+    def sampled(self, y: torch.Tensor) -> torch.Tensor:
+        """The rows of samples, [samples, hidden], of what a last stage has made of all tokens, or of them alone."""
+        return y if len(y) == len(self.samples) else y[self.samples]
 
     def _look_up(
         self,
@@ -178,6 +190,21 @@ class PackedStep:
         for row, segment in self._chunks:
             rows, slot = slice(row, row + segment.length), segment.slot
             kernels.attend_chunk(query[rows], keys[slot], values[slot], segment.start, output[rows], scaling, window)
+
+    def _layer_step(self, kv_heads: int) -> LayerStep:
+        """The same for layers that are computed whole."""
+        if kv_heads not in self._layer_steps:
+            # Chunks' samples are attended one by one, which is slow for many.
+            few = all(segment.samples <= 1 for _, segment in self._chunks)
+            chunks = [(row, s.length, s.slot, s.start) for row, s in self._chunks]
+            self._layer_steps[kv_heads] = LayerStep(
+                self._places(kv_heads),
+                self.positions,
+                self._decoding,
+                torch.tensor(chunks, dtype=torch.int64).view(-1, 4),
+                self.samples if few else None,
+            )
+        return self._layer_steps[kv_heads]
 
     def _places(self, kv_heads: int) -> torch.Tensor:
         """Where keys and values of every token's first head go, in a layer seen as rows of head_dim. [tokens]"""

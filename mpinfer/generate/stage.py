@@ -80,7 +80,7 @@ class DecodeStage:
         y = self._part(x[:, 0] if self._part.first else x, step.positions, step)
         if not self._part.last:
             return y
-        samples = y[step.samples]
+        samples = step.sampled(y)
         found = self._readout.reduce(samples, piece.targets)
         return torch.cat([samples.float(), found], dim=1) if self._with_hidden else found
 

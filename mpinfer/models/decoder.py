@@ -9,7 +9,7 @@ comes from the model's own pipeline plan.
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from mpinfer.models.checkpoint import Checkpoint
 from mpinfer.models.fake import fake_sources
 from mpinfer.models.fused import FusedLinear, FusedMember, concatenated, find_group
 from mpinfer.models.kernels import Kernels, find_kernels
+from mpinfer.models.layer import CompiledLayer
 from mpinfer.models.linear import LayerTuner, packed_bytes
 from mpinfer.models.meta import parameters_on_meta
 from mpinfer.models.quick import quicken
@@ -173,8 +174,12 @@ class DecoderSkeleton:
         kernels, problem = find_kernels(self._kernels, device, self.dtype)
         tuner = LayerTuner(rows, self._quantize, kernels)
         read_bytes = self._fill(device, tuner)
+        compiled: list[CompiledLayer] = []
         if kernels is not None:
-            tuner.used.update(quicken(self.model, kernels))
+            # A shard's sums with the others stand between the parts of a layer.
+            layers, sampling = (own_layers if shard is None else [], own_layers[-1] if last and own_layers else None)
+            replaced, compiled = quicken(self.model, kernels, layers, last=sampling)
+            tuner.used.update(replaced)
         for path, join in joints.items():  # around what the tuner made of them
             self.model.set_submodule(path, join(self.model.get_submodule(path)))
         self.model.to(device)  # the buffers that are computed, not loaded
@@ -189,6 +194,7 @@ class DecoderSkeleton:
             last,
             read_bytes,
             kernels,
+            compiled,
             tuner.used,
             problem,
         )
@@ -317,6 +323,7 @@ class DecoderPart(nn.Module):
         last: bool,
         read_bytes: int,
         kernels: Kernels | None,
+        compiled: Sequence[CompiledLayer],
         used: Mapping[str, int],
         problem: str,
     ) -> None:
@@ -328,6 +335,7 @@ class DecoderPart(nn.Module):
         self.first, self.last = first, last
         self.read_bytes = read_bytes
         self.kernels, self.kernels_problem = kernels, problem
+        self.compiled = compiled  # layers
         self.used = dict(used)  # modules by the kernel they use
 
     @property
@@ -343,7 +351,8 @@ class DecoderPart(nn.Module):
         positions: torch.Tensor,  # [tokens]
         packed: attention.PackedAttention,
     ) -> torch.Tensor:
-        """Activations [tokens, hidden]; of the last part final hidden states, ready for the output embedding."""
+        """Activations [tokens, hidden]; of the last part final hidden states, ready for the output embedding, of all
+        tokens or of samples only (`packed` tells which)."""
         arguments: dict[str, Any] = {"position_ids": positions[None], "use_cache": False, "packed": packed}
         if self._entry is None:
             arguments["input_ids"] = x[None]

@@ -568,3 +568,112 @@ void linear_int8(const uint8_t *codes, const float *steps, const int8_t *panels,
 #else
 void linear_int8(void) {}
 #endif
+
+/* A linear layer as it is packed: of float32 or, where `block` is not 0, of int8 codes, which alone have what follows. */
+struct linear {
+    const void *panels;
+    const float *bias;
+    i64 width, outputs, block;
+    const float *scales;
+    const int32_t *compensation;
+};
+
+/* None where it has no weights. */
+struct norm {
+    const float *weight;
+    float epsilon;
+};
+
+/* Of a decoder: x += attention(x), x += mlp(x), each between norms. */
+struct layer {
+    struct linear projections, output, gates, down; /* queries, keys and values side by side; gate and up side by side */
+    struct norm before_attention, query, key, after_attention, before_mlp, after_mlp;
+    i64 heads, kv_heads, size, window, gelu;
+    float scaling;
+};
+
+/* Tokens of sequences, in rows: first those that are alone, then chunks, of each its first row, tokens, slot, position;
+ * places and positions of all. */
+struct step {
+    i64 tokens, alone, chunks;
+    const i64 *places, *positions, *chunk;
+};
+
+static void apply(const struct linear *l, const float *x, float *y, i64 rows, void *scratch)
+{
+#ifdef __AVX512VNNI__
+    if (l->block) {
+        float *steps = scratch;
+        uint8_t *codes = (uint8_t *)(steps + rows);
+        quantize(x, codes, steps, rows, l->width, l->block, 127);
+        linear_int8(codes, steps, l->panels, l->compensation, l->scales, l->bias, y, rows, l->width, l->outputs);
+        return;
+    }
+#endif
+    linear(x, l->panels, l->bias, y, rows, l->width, l->outputs);
+}
+
+static void apply_norm(const struct norm *n, const float *x, float *y, i64 rows, i64 width)
+{
+    if (n->weight)
+        rms_norm(x, n->weight, y, rows, width, n->epsilon);
+    else if (x != y)
+        memcpy(y, x, rows * width * sizeof(float));
+}
+
+/* sum += x */
+static void add(float *sum, const float *x, i64 count)
+{
+#pragma omp parallel for simd if (count > ALONE)
+    for (i64 i = 0; i < count; i++)
+        sum[i] += x[i];
+}
+
+INLINE i64 most(i64 a, i64 b) { return a > b ? a : b; }
+
+/* Floats that decoder_layer needs for each token. */
+i64 layer_scratch(const struct layer *l)
+{
+    i64 hidden = l->output.outputs, query = l->heads * l->size, inner = l->down.width;
+    return hidden + most(l->projections.outputs, 2 * inner) + most(query, inner) + query + 1 + most(hidden, most(query, inner)) / 4 + 1;
+}
+
+/* y [tokens, hidden] of x. If `keeping` is not 0, only such rows of it, `kept`: of a last layer the others are not used. */
+void decoder_layer(const struct layer *l, const struct step *s, const struct step *late, const i64 *kept, const float *cosines,
+                   const float *sines, float *keys, float *values, i64 capacity, const float *x, float *y, float *scratch)
+{
+    i64 tokens = s->tokens, hidden = l->output.outputs, width = l->heads * l->size, inner = l->down.width;
+    float *narrow = scratch, *wide = narrow + tokens * hidden;
+    float *query = wide + tokens * most(l->projections.outputs, 2 * inner), *attended = query + tokens * most(width, inner);
+    float *gated_up = query, *rest = attended + tokens * width;
+
+    apply_norm(&l->before_attention, x, narrow, tokens, hidden);
+    apply(&l->projections, narrow, wide, tokens, rest);
+    rotate_and_store(wide, cosines, sines, l->query.weight, l->key.weight, l->query.epsilon, query, keys, values, s->places,
+                     capacity, tokens, l->heads, l->kv_heads, l->size);
+    if (late) {
+        s = late, tokens = s->tokens;
+        for (i64 row = 0; row < tokens; row++) { /* kept[row] >= row */
+            memmove(query + row * width, query + kept[row] * width, width * sizeof(float));
+            memcpy(y + row * hidden, x + kept[row] * hidden, hidden * sizeof(float));
+        }
+    } else
+        memcpy(y, x, tokens * hidden * sizeof(float));
+    attend_tokens(query, width, keys, values, s->places, s->positions, attended, s->alone, l->heads, l->kv_heads, l->size,
+                  capacity, l->window, l->scaling);
+    for (const i64 *c = s->chunk; c < s->chunk + 4 * s->chunks; c += 4) {
+        i64 slot = c[2] * l->kv_heads * capacity * l->size;
+        attend_chunk(query + c[0] * width, width, keys + slot, values + slot, attended + c[0] * width, c[3], c[1], l->heads,
+                     l->kv_heads, l->size, capacity, l->window, l->scaling);
+    }
+    apply(&l->output, attended, narrow, tokens, rest);
+    apply_norm(&l->after_attention, narrow, narrow, tokens, hidden);
+    add(y, narrow, tokens * hidden);
+
+    apply_norm(&l->before_mlp, y, narrow, tokens, hidden);
+    apply(&l->gates, narrow, wide, tokens, rest);
+    gated(wide, gated_up, tokens, inner, l->gelu);
+    apply(&l->down, gated_up, narrow, tokens, rest);
+    apply_norm(&l->after_mlp, narrow, narrow, tokens, hidden);
+    add(y, narrow, tokens * hidden);
+}

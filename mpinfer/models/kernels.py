@@ -5,16 +5,19 @@ They are compiled for the CPU they run on by the machine's own C compiler, once,
 stays in the user's cache directory. Where that cannot be done torch computes the same, slower.
 """
 
+import contextlib
 import ctypes
 import fcntl
 import functools
 import hashlib
+import mmap
 import os
 import platform
 import shlex
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -27,6 +30,8 @@ _FLAGS = (
     *("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros", "-freciprocal-math"),
 )
 _COMPILING_TIMEOUT_S = 120
+_CHUNK_BYTES, _LINE_BYTES = 32 << 20, 64
+_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
     "rms_norm": [*[_POINTER] * 3, *[_INT] * 2, _FLOAT],
@@ -37,6 +42,7 @@ _SIGNATURES = {
     "linear": [*[_POINTER] * 4, *[_INT] * 3],
     "linear_int8": [*[_POINTER] * 7, *[_INT] * 3],
     "quantize": [*[_POINTER] * 3, *[_INT] * 4],
+    "decoder_layer": [*[_POINTER] * 8, _INT, *[_POINTER] * 3],
 }
 
 
@@ -54,6 +60,23 @@ def find_kernels(choice: str, device: str, dtype: torch.dtype) -> "tuple[Kernels
         return None, str(problem)
 
 
+class Norm(NamedTuple):
+    """A root mean square norm, as kernels take it."""
+
+    weight: torch.Tensor
+    epsilon: float
+
+
+class PackedWeights(ctypes.Structure):
+    """Where a linear layer's weights are (`struct linear` in C). Whoever makes it keeps the tensors."""
+
+    _fields_ = [
+        *(("panels", _POINTER), ("bias", _POINTER)),
+        *((name, _INT) for name in ("width", "outputs", "block")),
+        *(("scales", _POINTER), ("compensation", _POINTER)),
+    ]
+
+
 class Kernels:
     """Functions of float32 tensors on the CPU, whose last dimensions are contiguous."""
 
@@ -61,8 +84,8 @@ class Kernels:
         for name, signature in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = signature, None
-        library.panel_columns.restype = _INT
-        self._library, self._panel = library, library.panel_columns()
+        library.panel_columns.restype = library.layer_scratch.restype = _INT
+        self.library, self._panel = library, library.panel_columns()
         self.has_int8 = bool(library.has_int8())  # whether this CPU has instructions for it
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -70,7 +93,7 @@ class Kernels:
         x = x.contiguous()
         y = torch.empty_like(x)
         width = x.shape[-1]
-        self._library.rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // width, width, epsilon)
+        self.library.rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // width, width, epsilon)
         return y
 
     def gated(self, gate_up: torch.Tensor, gelu: bool) -> torch.Tensor:
@@ -79,7 +102,7 @@ class Kernels:
         gate_up = gate_up.contiguous()
         width = gate_up.shape[-1] // 2
         y = gate_up.new_empty(*gate_up.shape[:-1], width)
-        self._library.gated(gate_up.data_ptr(), y.data_ptr(), y.numel() // width, width, gelu)
+        self.library.gated(gate_up.data_ptr(), y.data_ptr(), y.numel() // width, width, gelu)
         return y
 
     def rotate_and_store(
@@ -87,7 +110,7 @@ class Kernels:
         projected: torch.Tensor,  # [tokens, (heads + 2 * kv_heads) * head_dim]
         cosines: torch.Tensor,  # [tokens, head_dim]
         sines: torch.Tensor,
-        norms: "tuple[torch.Tensor, torch.Tensor, float] | None",  # weights [head_dim] for queries and keys, epsilon
+        norms: tuple[Norm, Norm] | None,  # of each head of queries and keys, with the same epsilon
         keys: torch.Tensor,  # [slots, kv_heads, capacity, head_dim]
         values: torch.Tensor,
         places: torch.Tensor,  # [tokens]: slot * kv_heads * capacity + position
@@ -96,12 +119,12 @@ class Kernels:
         (tokens, width), (_, kv_heads, capacity, head_dim) = projected.shape, keys.shape
         heads = width // head_dim - 2 * kv_heads
         query = projected.new_empty(tokens, heads, head_dim)
-        query_norm, key_norm, epsilon = norms or (None, None, 0.0)
+        query_norm, key_norm = norms or (None, None)
         projected, cosines, sines = projected.contiguous(), cosines.contiguous(), sines.contiguous()
-        self._library.rotate_and_store(
+        self.library.rotate_and_store(
             *(x.data_ptr() for x in (projected, cosines, sines)),
-            *(None if x is None else x.data_ptr() for x in (query_norm, key_norm)),
-            epsilon,
+            *(None if norm is None else norm.weight.data_ptr() for norm in (query_norm, key_norm)),
+            0.0 if query_norm is None else query_norm.epsilon,
             *(x.data_ptr() for x in (query, keys, values, places)),
             *(capacity, tokens, heads, kv_heads, head_dim),
         )
@@ -120,7 +143,7 @@ class Kernels:
     ) -> None:
         """Attention of every token to itself and those before it in its slot, at most `window` of them all."""
         (tokens, heads, head_dim), (_, kv_heads, capacity, _) = query.shape, keys.shape
-        self._library.attend_tokens(
+        self.library.attend_tokens(
             *(query.data_ptr(), query.stride(0)),
             *(x.data_ptr() for x in (keys, values, places, positions, output)),
             *(tokens, heads, kv_heads, head_dim, capacity, window or 0),
@@ -139,7 +162,7 @@ class Kernels:
     ) -> None:
         """The same for tokens that follow each other in one slot."""
         (tokens, heads, head_dim), (kv_heads, capacity, _) = query.shape, keys.shape
-        self._library.attend_chunk(
+        self.library.attend_chunk(
             *(query.data_ptr(), query.stride(0)),
             *(x.data_ptr() for x in (keys, values, output)),
             *(start, tokens, heads, kv_heads, head_dim, capacity, window or 0),
@@ -149,12 +172,12 @@ class Kernels:
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights [outputs, inputs] as panels of columns [panels, inputs, columns], and the bias [panels * columns];
         both padded with zeros."""
-        packed = self.in_panels(weight).transpose(1, 2).contiguous()
+        packed = _arena.copy(self.in_panels(weight).transpose(1, 2))
         return packed, self.in_panels(weight.new_zeros(len(weight)) if bias is None else bias).flatten()
 
     def pack_int8(self, codes: torch.Tensor) -> torch.Tensor:
         """int8 codes [outputs, inputs] as panels [panels, inputs / 4, columns, 4], padded with zeros."""
-        return self.in_panels(codes).unflatten(2, (-1, 4)).transpose(1, 2).contiguous()
+        return _arena.copy(self.in_panels(codes).unflatten(2, (-1, 4)).transpose(1, 2))
 
     def in_panels(self, rows: torch.Tensor) -> torch.Tensor:
         """As many rows a panel as a kernel computes together, padded with zeros: [panels, rows of a panel, ...]."""
@@ -167,7 +190,7 @@ class Kernels:
         x = x.contiguous()
         width = x.shape[-1]
         y = x.new_empty(*x.shape[:-1], outputs)
-        self._library.linear(
+        self.library.linear(
             *(tensor.data_ptr() for tensor in (x, packed, bias, y)), *(x.numel() // width, width, outputs)
         )
         return y
@@ -185,7 +208,7 @@ class Kernels:
         """`(codes @ weights + compensation) * scales * steps + bias`, float32 [rows, outputs]. Needs `has_int8`."""
         y = steps.new_empty(len(codes), outputs)
         tensors = (codes, steps, packed, compensation, scales, bias, y)
-        self._library.linear_int8(*(tensor.data_ptr() for tensor in tensors), *codes.shape, outputs)
+        self.library.linear_int8(*(tensor.data_ptr() for tensor in tensors), *codes.shape, outputs)
         return y
 
     def quantize(self, rows: torch.Tensor, block: int, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -193,8 +216,30 @@ class Kernels:
         size, is about (codes - levels - 1) * step."""
         rows = rows.contiguous()
         codes, steps = torch.empty_like(rows, dtype=torch.uint8), rows.new_empty(len(rows), 1)
-        self._library.quantize(rows.data_ptr(), codes.data_ptr(), steps.data_ptr(), *rows.shape, block, levels)
+        self.library.quantize(rows.data_ptr(), codes.data_ptr(), steps.data_ptr(), *rows.shape, block, levels)
         return codes, steps
+
+
+class _Arena:
+    """Memory for weights, in large pages where the system gives them: they are read from end to end in every step, and
+    a CPU looks up one small page after the other. A chunk is given back with the last tensor in it."""
+
+    def __init__(self) -> None:
+        self._chunk, self._used = mmap.mmap(-1, mmap.PAGESIZE), mmap.PAGESIZE
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A contiguous copy."""
+        start = -(-self._used // _LINE_BYTES) * _LINE_BYTES
+        if start + tensor.nbytes > len(self._chunk):
+            self._chunk, start = mmap.mmap(-1, max(_CHUNK_BYTES, tensor.nbytes), flags=_PRIVATE), 0
+            with contextlib.suppress(OSError):  # it gives none
+                self._chunk.madvise(mmap.MADV_HUGEPAGE)
+        self._used = start + tensor.nbytes
+        own = torch.frombuffer(self._chunk, dtype=tensor.dtype, count=tensor.numel(), offset=start)
+        return own.view(tensor.shape).copy_(tensor)
+
+
+_arena = _Arena()
 
 
 @functools.cache

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from mpinfer.models.convolution import PackedConvolution
-from mpinfer.models.kernels import Kernels
+from mpinfer.models.kernels import Kernels, PackedWeights
 from mpinfer.models.quantize import CompiledInt8Linear, Int8Embedding, Int8Linear
 
 _REPEATS = 5
-_WORTH = 1.05  # a packed weight must be this much faster to be taken: below it, timing noise would choose
+_WORTH = 1.05  # another than the first must be this much faster to be taken: below it, timing noise would choose
 
 
 class PackedLinear(nn.Module):
@@ -37,13 +37,16 @@ class CompiledLinear(nn.Module):
 
     def __init__(self, layer: nn.Linear, kernels: Kernels) -> None:
         super().__init__()
-        self._kernels, self._outputs = kernels, layer.out_features
+        self._kernels, self.in_features, self._outputs = kernels, layer.in_features, layer.out_features
         bias = None if layer.bias is None else layer.bias.detach()
         self._packed, self._bias = kernels.pack(layer.weight.detach(), bias)
         self.weight_bytes = layer.weight.nbytes + (0 if bias is None else bias.nbytes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._kernels.linear(x, self._packed, self._bias, self._outputs)
+
+    def packed(self) -> PackedWeights:
+        return PackedWeights(self._packed.data_ptr(), self._bias.data_ptr(), self.in_features, self._outputs)
 
 
 Makers = dict[str, Callable[[nn.Linear], nn.Module]]
@@ -78,18 +81,20 @@ class LayerTuner:
         return layer
 
     def _makers(self, layer: nn.Linear) -> Makers:
-        makers: Makers = {"torch": lambda layer: layer}
-        if layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32:
-            if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-                makers["onednn"] = PackedLinear
-            if (kernels := self._kernels) is not None:
-                makers["mpinfer"] = lambda layer: CompiledLinear(layer, kernels)
+        makers: Makers = {}
+        plain = layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32
+        if plain and (kernels := self._kernels) is not None:  # first, as only so can layers be computed whole
+            makers["mpinfer"] = lambda layer: CompiledLinear(layer, kernels)
+        makers["torch"] = lambda layer: layer
+        if plain and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+            makers["onednn"] = PackedLinear
         return makers
 
     def _int8_makers(self, layer: nn.Linear) -> Makers:
-        makers: Makers = {"onednn int8": lambda layer: Int8Linear(layer, self._kernels)}
+        makers: Makers = {}
         if (kernels := self._kernels) is not None and CompiledInt8Linear.fits(layer, kernels):
             makers["mpinfer int8"] = lambda layer: CompiledInt8Linear(layer, kernels)
+        makers["onednn int8"] = lambda layer: Int8Linear(layer, self._kernels)
         return makers
 
     def _fastest(self, layer: nn.Linear, makers: Makers) -> str:

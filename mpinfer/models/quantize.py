@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mpinfer.errors import ModelError
-from mpinfer.models.kernels import Kernels
+from mpinfer.models.kernels import Kernels, PackedWeights
 
 _BLOCK = 64  # inputs that are rotated together; with 16, SmolLM2 loses 1.5 times as much, and 64 cost little more
 _CHUNK_ROWS = 4096  # rows of a weight that are quantized at a time, to keep temporaries small
@@ -69,7 +69,7 @@ class CompiledInt8Linear(nn.Module):
     def __init__(self, layer: nn.Linear, kernels: Kernels) -> None:
         super().__init__()
         self._kernels, self._levels = kernels, 127
-        self._in_features, self._outputs = layer.in_features, layer.out_features
+        self.in_features, self._outputs = layer.in_features, layer.out_features
         self._block = _largest_block(layer.in_features)
         codes, scales = quantize_rows(rotate(layer.weight, hadamard(self._block)))
         self._packed, self._scales = kernels.pack_int8(codes), kernels.in_panels(scales).flatten()
@@ -83,11 +83,16 @@ class CompiledInt8Linear(nn.Module):
         return kernels is not None and kernels.has_int8 and layer.in_features % 4 == 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        codes, steps = self._kernels.quantize(x.reshape(-1, self._in_features), self._block, self._levels)
+        codes, steps = self._kernels.quantize(x.reshape(-1, self.in_features), self._block, self._levels)
         y = self._kernels.linear_int8(
             codes, steps, self._packed, self._compensation, self._scales, self._bias, self._outputs
         )
         return y.view(*x.shape[:-1], -1)
+
+    def packed(self) -> PackedWeights:
+        own = (self._packed, self._bias, self._scales, self._compensation)
+        packed, bias, scales, compensation = (tensor.data_ptr() for tensor in own)
+        return PackedWeights(packed, bias, self.in_features, self._outputs, self._block, scales, compensation)
 
 
 class Int8Embedding(nn.Module):

@@ -1,4 +1,4 @@
-"""Modules of decoder layers whose forward is replaced by compiled kernels.
+"""Modules of decoder layers, and whole layers, whose forward is replaced by compiled kernels.
 
 The small operations of norms, gated MLPs and attention are most of what a step does besides multiplying. What a module
 computes is not told from its family's name: it is found out. A module that has the parts of a known kind is run beside
@@ -7,57 +7,81 @@ the replacement, and keeps its own forward where the two differ.
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from mpinfer.models.fused import FusedLinear, FusedMember
 from mpinfer.models.kernels import Kernels
+from mpinfer.models.layer import Attention, CompiledLayer, LayerStep, Norm, Parts
+from mpinfer.models.linear import CompiledLinear
+from mpinfer.models.quantize import CompiledInt8Linear
 
 Forward = Callable[..., Any]
-Norms = dict[nn.Module, tuple[torch.Tensor, float]]  # weights and epsilon, as the kernel takes them
 _ROWS = 5  # of the inputs that are tried
 _TOLERANCE = 2e-5  # of the largest output: sums are rounded in another order
+# A layer's norms, as families name those before and after attention, before and after the MLP.
+_PLACES = ("before_attention", "after_attention", "before_mlp", "after_mlp")
+_NORM_NAMES = (
+    ("input_layernorm", None, "post_attention_layernorm", None),
+    ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+)
+
+
+class Quickened(NamedTuple):
+    """What has been replaced."""
+
+    modules: Counter[str]  # how many, by kind
+    layers: list[CompiledLayer]
 
 
 @torch.inference_mode()
-def quicken(model: nn.Module, kernels: Kernels) -> Counter[str]:
-    """Replace the forward of every module that a kernel computes; how many, by kind."""
-    replaced: Counter[str] = Counter()
-    norms: Norms = {}
+def quicken(
+    model: nn.Module, kernels: Kernels, layers: Sequence[nn.Module] = (), last: nn.Module | None = None
+) -> Quickened:
+    """Replace the forward of every module that a kernel computes, of `layers` as a whole. Of what `last` computes only
+    samples are used."""
+    norms: dict[nn.Module, Norm] = {}
+    gelus: dict[nn.Module, bool] = {}  # gated MLPs: whether by GELU
+    attentions: dict[nn.Module, Attention] = {}
+    compiled: list[CompiledLayer] = []
     modules = list(model.modules())
     for module in modules:
         if (norm := _norm(module, kernels)) is not None:
-            norms[module] = norm
-            module.forward = _norm_forward(*norm, kernels)
-            replaced["norm"] += 1
+            norms[module], module.forward = norm, _norm_forward(norm, kernels)
     for module in modules:
-        found = {"gated MLP": _gated(module, kernels), "attention": _attention(module, kernels, norms)}
-        for kind, forward in found.items():
-            if forward is not None:
-                module.forward = forward
-                replaced[kind] += 1
-    return replaced
+        if (gated := _gated(module, kernels)) is not None:
+            gelus[module], module.forward = gated
+        if (attention := _attention(module, kernels, norms)) is not None:
+            attentions[module], module.forward = attention
+    for module in layers:
+        if (parts := _parts(module, norms, gelus, attentions)) is not None:
+            layer = CompiledLayer(kernels, parts, last=module is last)
+            if _same_layer(module, layer, kernels):
+                module.forward = _layer_forward(layer, module.forward)
+                compiled.append(layer)
+    found = {"norm": len(norms), "gated MLP": len(gelus), "attention": len(attentions), "layer": len(compiled)}
+    return Quickened(+Counter(found), compiled)
 
 
-def _norm(module: nn.Module, kernels: Kernels) -> tuple[torch.Tensor, float] | None:
-    """Weights and epsilon of a root mean square norm; some families store what is to be added to 1."""
+def _norm(module: nn.Module, kernels: Kernels) -> Norm | None:
+    """A root mean square norm; some families store what is to be added to 1."""
     weight, epsilon = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, torch.Tensor) or epsilon is None:
         return None
     x = _inputs(len(weight))
     expected = module.forward(x)
-    tried = ((candidate, epsilon) for candidate in (weight.detach(), 1 + weight.detach()))
+    tried = (Norm(candidate, epsilon) for candidate in (weight.detach(), 1 + weight.detach()))
     return next((norm for norm in tried if _agree(kernels.rms_norm(x, *norm), expected)), None)
 
 
-def _norm_forward(weight: torch.Tensor, epsilon: float, kernels: Kernels) -> Forward:
-    return lambda x: kernels.rms_norm(x, weight, epsilon)
+def _norm_forward(norm: Norm, kernels: Kernels) -> Forward:
+    return lambda x: kernels.rms_norm(x, *norm)
 
 
-def _gated(mlp: Any, kernels: Kernels) -> Forward | None:
+def _gated(mlp: Any, kernels: Kernels) -> tuple[bool, Forward] | None:
     """`down(activation(gate(x)) * up(x))`, where gate and up are computed as one."""
     group, activation = _group(mlp, "gate_proj", "up_proj"), getattr(mlp, "act_fn", None)
     if group is None or activation is None or not hasattr(mlp, "down_proj"):
@@ -73,10 +97,10 @@ def _gated(mlp: Any, kernels: Kernels) -> Forward | None:
 
     x = _inputs(group.in_features)
     with _without(mlp, "down_proj"):
-        return forward if _agree(forward(x), mlp.forward(x)) else None
+        return (gelu, forward) if _agree(forward(x), mlp.forward(x)) else None
 
 
-def _attention(attention: Any, kernels: Kernels, norms: Norms) -> Forward | None:
+def _attention(attention: Any, kernels: Kernels, norms: dict[nn.Module, Norm]) -> tuple[Attention, Forward] | None:
     """Projections as one, norms if there are any, rotary embeddings of whole heads, and attention over a cache."""
     group = _group(attention, "q_proj", "k_proj", "v_proj")
     size = getattr(attention, "head_dim", 0)
@@ -86,14 +110,8 @@ def _attention(attention: Any, kernels: Kernels, norms: Norms) -> Forward | None
     known = [norms[norm] for norm in pair if norm in norms]
     if (known and len(known) < len(pair)) or (not known and any(pair)):
         return None
-    both = (known[0][0], known[1][0], known[0][1]) if known else None
     own, kv_heads = attention.forward, group.widths[1] // size
-    angles = _inputs(size)
-    arguments: dict[str, Any] = {
-        "hidden_states": _inputs(group.in_features)[None],
-        "position_embeddings": (angles.cos()[None], angles.sin()[None]),
-        "attention_mask": None,
-    }
+    arguments = {"hidden_states": _inputs(group.in_features)[None], **_surroundings(size)}
     seen = _Witness(kernels)
     with _without(attention, "o_proj"):
         try:
@@ -103,21 +121,71 @@ def _attention(attention: Any, kernels: Kernels, norms: Norms) -> Forward | None
         if not seen.calls:
             return None
         ((layer, *_, scaling, window, softcap),) = seen.calls
+        norms_of_both = (known[0], known[1]) if known else None
+        facts = Attention(layer, kv_heads, size, scaling, window, softcap, norms_of_both)
 
         def forward(*unnamed: Any, attention_mask: Any = None, **named: Any) -> tuple[torch.Tensor, None]:
             cosines, sines = (x[0] for x in named["position_embeddings"])
             if unnamed or attention_mask is not None or cosines.shape[1] != size:  # not what has been tried
                 return own(*unnamed, attention_mask=attention_mask, **named)
             projected = group.whole(named["hidden_states"])[0]
-            attended = named["packed"].attend_projected(
-                layer, projected, cosines, sines, both, kv_heads, size, scaling, window, softcap
-            )
+            attended = named["packed"].attend_projected(facts, projected, cosines, sines)
             return attention.o_proj(attended.flatten(1)[None]), None
 
         found, _ = forward(**arguments, packed=seen)
     (_, *wanted, _, _, _), (_, *got, _, _, _) = seen.calls
     agrees = _agree(found, expected) and all(map(_agree, got, wanted))
-    return forward if agrees else None
+    return (facts, forward) if agrees else None
+
+
+def _parts(
+    layer: Any,
+    norms: dict[nn.Module, Norm],
+    gelus: dict[nn.Module, bool],
+    attentions: dict[nn.Module, Attention],
+) -> Parts | None:
+    """What a layer seems to be made of, if all of it is compiled."""
+    attention, mlp = (getattr(layer, name, None) for name in ("self_attn", "mlp"))
+    if attention not in attentions or mlp not in gelus or attentions[attention].softcap is not None:
+        return None
+    products = attention.q_proj.group.whole, attention.o_proj, mlp.gate_proj.group.whole, mlp.down_proj
+    if not all(isinstance(product, CompiledLinear | CompiledInt8Linear) for product in products):
+        return None
+    own = {name: norms[module] for name, module in layer.named_children() if module in norms}
+    for names in _NORM_NAMES:
+        if own.keys() == {name for name in names if name}:
+            around: dict[str, Any] = {place: own[name] for place, name in zip(_PLACES, names, strict=True) if name}
+            return Parts(attentions[attention], *products, gelus[mlp], **around)
+    return None
+
+
+def _layer_forward(layer: CompiledLayer, own: Forward) -> Forward:
+    def forward(hidden_states: torch.Tensor, *unnamed: Any, attention_mask: Any = None, **named: Any) -> torch.Tensor:
+        cosines, sines = (x[0] for x in named["position_embeddings"])
+        if unnamed or attention_mask is not None or cosines.shape[1] != layer.attention.head_dim:
+            return own(hidden_states, *unnamed, attention_mask=attention_mask, **named)
+        return named["packed"].compute(layer, hidden_states[0], cosines, sines)[None]
+
+    return forward
+
+
+def _same_layer(module: nn.Module, layer: CompiledLayer, kernels: Kernels) -> bool:
+    """Whether both compute the same of a few tokens, alone of their sequences."""
+    x = _inputs(layer.products[0].in_features)[None]
+    arguments = {"packed": _Alone(kernels, layer.attention), **_surroundings(layer.attention.head_dim)}
+    try:
+        expected = module.forward(x, **arguments)
+    except (TypeError, RuntimeError):  # takes other arguments
+        return False
+    return isinstance(expected, torch.Tensor) and _agree(
+        _layer_forward(layer, module.forward)(x, **arguments), expected
+    )
+
+
+def _surroundings(head_dim: int) -> dict[str, Any]:
+    """What a model's forward hands to its layers along with hidden states."""
+    angles = _inputs(head_dim)
+    return {"position_embeddings": (angles.cos()[None], angles.sin()[None]), "attention_mask": None}
 
 
 @contextlib.contextmanager
@@ -152,20 +220,40 @@ class _Witness:
         return query.contiguous()
 
     def attend_projected(
-        self,
-        layer: int,
-        projected: torch.Tensor,
-        cosines: torch.Tensor,
-        sines: torch.Tensor,
-        norms: Any,
-        kv_heads: int,
-        head_dim: int,
-        *others: Any,
+        self, facts: Attention, projected: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor
     ) -> torch.Tensor:
-        keys, values = (projected.new_empty(1, kv_heads, len(projected), head_dim) for _ in range(2))
+        keys, values = (projected.new_empty(1, facts.kv_heads, len(projected), facts.head_dim) for _ in range(2))
         places = torch.arange(len(projected))
-        query = self._kernels.rotate_and_store(projected, cosines, sines, norms, keys, values, places)
-        return self.attend(layer, query, keys[0].transpose(0, 1), values[0].transpose(0, 1), *others)
+        query = self._kernels.rotate_and_store(projected, cosines, sines, facts.norms, keys, values, places)
+        key, value = keys[0].transpose(0, 1), values[0].transpose(0, 1)
+        return self.attend(facts.layer, query, key, value, facts.scaling, facts.window, facts.softcap)
+
+
+class _Alone:
+    """Attention of a sequence's tokens one by one, over a cache with room for them."""
+
+    def __init__(self, kernels: Kernels, facts: Attention) -> None:
+        self._kernels = kernels
+        self._cache = torch.zeros(2, 1, facts.kv_heads, _ROWS, facts.head_dim)
+        self._places = torch.arange(_ROWS)
+
+    def attend_projected(
+        self, facts: Attention, projected: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor
+    ) -> torch.Tensor:
+        keys, values = self._cache
+        query = self._kernels.rotate_and_store(projected, cosines, sines, facts.norms, keys, values, self._places)
+        output = torch.empty_like(query)
+        self._kernels.attend_tokens(
+            query, keys, values, self._places, self._places, output, facts.scaling, facts.window
+        )
+        return output
+
+    def compute(
+        self, layer: CompiledLayer, x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor
+    ) -> torch.Tensor:
+        step = LayerStep(self._places, self._places, _ROWS, torch.empty(0, 4, dtype=torch.int64), None)
+        keys, values = self._cache
+        return layer(step, keys, values, cosines, sines, x)
 
 
 def _group(module: nn.Module, *names: str) -> FusedLinear | None:

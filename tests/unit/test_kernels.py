@@ -8,8 +8,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from mpinfer.generate.cache import KVCache, PackedStep
+from mpinfer.generate.scheduler import Segment
+from mpinfer.models import decoder, linear
 from mpinfer.models import kernels as module
-from mpinfer.models.decoder import DecoderSkeleton
+from mpinfer.models.decoder import DecoderPart, DecoderSkeleton
 from mpinfer.models.fused import FusedLinear, FusedMember, concatenated
 from mpinfer.models.kernels import Kernels, find_kernels
 from mpinfer.models.linear import CompiledLinear
@@ -128,7 +131,8 @@ def test_a_row_does_not_depend_on_the_others(kernels):
 # -- what they replace --------------------------------------------------------------------------------------------
 
 
-def replaced(directory, family: str, save_random) -> dict[str, int]:
+def load(directory, family: str, save_random, **options) -> DecoderPart:
+    """A tiny random model of a family."""
     import transformers
 
     common = {
@@ -139,24 +143,60 @@ def replaced(directory, family: str, save_random) -> dict[str, int]:
         "num_key_value_heads": 2,
         "head_dim": 12,
         "vocab_size": 128,
+        "sliding_window": 30,
     }
     save_random(directory, getattr(transformers, f"{family}Config")(**common))
-    part = DecoderSkeleton(directory, "float32").load_part(0, 4, "cpu", 4, lambda: None, range(128))
-    return {kind: part.used.get(kind, 0) for kind in ("norm", "gated MLP", "attention")}
+    return DecoderSkeleton(directory, "float32", **options).load_part(0, 4, "cpu", 4, lambda: None, range(128))
 
 
 @pytest.mark.parametrize(
     ("family", "counts"),
     [
-        ("Llama", (5, 2, 2)),
-        ("Qwen2", (5, 2, 2)),
-        ("Qwen3", (9, 2, 2)),  # norms of queries and keys, too
-        ("Gemma2", (9, 2, 2)),  # weights that are added to 1, GELU
-        ("GPTNeoX", (0, 0, 0)),
+        ("Llama", (5, 2, 2, 2)),
+        ("Qwen2", (5, 2, 2, 2)),
+        ("Qwen3", (9, 2, 2, 2)),  # norms of queries and keys, too
+        ("Gemma2", (9, 2, 2, 0)),  # weights that are added to 1, GELU; capped scores
+        ("Gemma3Text", (13, 2, 2, 2)),  # norms behind attention and MLP, too
+        ("Olmo2", (9, 2, 0, 0)),  # queries of all heads have one norm
+        ("GPTNeoX", (0, 0, 0, 0)),
     ],
 )
-def test_families(tmp_path, family, counts, save_random):
-    assert tuple(replaced(tmp_path, family, save_random).values()) == counts
+def test_families(tmp_path, family, counts, save_random, monkeypatch):
+    monkeypatch.setattr(linear, "_seconds", lambda *_: 1.0)  # none is faster
+    used = load(tmp_path, family, save_random).used
+    assert tuple(used.get(kind, 0) for kind in ("norm", "gated MLP", "attention", "layer")) == counts
+
+
+STEPS = (
+    [Segment(0, 0, 9, 0), Segment(1, 0, 70, 1)],
+    [Segment(1, 70, 1, 1), Segment(0, 9, 100, 1), Segment(2, 0, 2, 0)],
+    [Segment(1, 71, 1, 1), Segment(0, 109, 1, 1)],
+    [Segment(2, 2, 3, 0)],  # nothing is sampled
+    [Segment(2, 5, 3, 2)],
+)
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma3Text"])
+def test_whole_layers_compute_what_their_modules_do(tmp_path, family, quantize, save_random, monkeypatch):
+    """Of tokens alone and in chunks, with a window among the layers of Gemma; of a last layer only what is sampled."""
+    monkeypatch.setattr(linear, "_seconds", lambda *_: 1.0)  # none is faster
+    part = load(tmp_path, family, save_random, quantize=quantize)
+    if quantize == "int8" and not part.kernels.has_int8:
+        pytest.skip("this CPU has no int8 instructions for whole layers")
+    assert part.used["layer"] == 2
+    other = DecoderSkeleton(tmp_path, "float32", quantize=quantize)
+    monkeypatch.setattr(decoder, "quicken", lambda model, kernels, *_, **__: quicken(model, kernels))
+    modules = other.load_part(0, 4, "cpu", 4, lambda: None, range(128))
+    assert "layer" not in modules.used
+    caches = [KVCache(3, 256, "cpu") for _ in range(2)]
+    for segments in STEPS:
+        tokens = torch.randint(3, 128, (sum(s.length for s in segments),))
+        steps = [PackedStep(cache, segments, part.kernels) for cache in caches]
+        found, expected = (p(tokens, step.positions, step) for p, step in zip((part, modules), steps, strict=True))
+        samples = sum(s.samples for s in segments)
+        assert len(found) == (len(tokens) if segments[-1].samples == 2 else samples)
+        torch.testing.assert_close(steps[0].sampled(found), steps[1].sampled(expected), rtol=1e-5, atol=1e-5)
 
 
 class Mlp(nn.Module):
@@ -190,7 +230,7 @@ def usual(m, x):
 def test_only_what_computes_the_same_is_replaced(kernels, activation, forward, count):
     mlp, x = Mlp(activation, forward), torch.randn(3, 8)
     expected = mlp(x)
-    assert quicken(mlp, kernels)["gated MLP"] == count
+    assert quicken(mlp, kernels).modules["gated MLP"] == count
     torch.testing.assert_close(mlp(x), expected)
 
 

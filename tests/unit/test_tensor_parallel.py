@@ -80,7 +80,7 @@ def compute(part: DecoderPart, ids: list[int]) -> torch.Tensor:
     cache = KVCache(1, 64, "cpu")
     rows = []
     for start, length in ((0, 10), (10, len(ids) - 11), (len(ids) - 1, 1)):
-        step = PackedStep(cache, [Segment(0, start, length, 1)], part.kernels)
+        step = PackedStep(cache, [Segment(0, start, length, length)], part.kernels)
         rows.append(part(torch.tensor(ids[start : start + length]), step.positions, step))
     return part.logits(torch.cat(rows))
 
