@@ -6,7 +6,7 @@ which pays most where a step has few rows. Which is fastest here is measured, sh
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from mpinfer.models.kernels import Kernels, PackedWeights
 from mpinfer.models.quantize import CompiledInt8Linear, Int8Embedding, Int8Linear
 
 _REPEATS = 5
-_WORTH = 1.05  # another than the first must be this much faster to be taken: below it, timing noise would choose
+_WORTH = 1.2  # another than the first must be this much faster to be taken: below it, timing noise would choose
 
 
 class PackedLinear(nn.Module):
@@ -103,7 +103,7 @@ class LayerTuner:
         if len(makers) == 1:
             return first
         x = torch.randn(self._rows, layer.in_features)
-        seconds = {name: _seconds(make(layer), x) for name, make in makers.items()}
+        seconds = _seconds({name: make(layer) for name, make in makers.items()}, x)
         best = min(seconds, key=lambda name: seconds[name])
         return best if seconds[best] * _WORTH < seconds[first] else first
 
@@ -114,12 +114,12 @@ def packed_bytes(model: nn.Module) -> int:
     return sum(module.weight_bytes for module in model.modules() if isinstance(module, kinds))
 
 
-def _seconds(layer: nn.Module, x: torch.Tensor) -> float:
-    """The fastest of a few calls, after one that warms up."""
-    layer(x)
-    best_s = float("inf")
-    for _ in range(_REPEATS):
-        started = time.perf_counter()
-        layer(x)
-        best_s = min(best_s, time.perf_counter() - started)
+def _seconds(layers: Mapping[str, nn.Module], x: torch.Tensor) -> dict[str, float]:
+    """The fastest call of each, after one that warms up; by turns, so that all have their share of quiet moments."""
+    best_s = dict.fromkeys(layers, float("inf"))
+    for _ in range(1 + _REPEATS):
+        for name, layer in layers.items():
+            started = time.perf_counter()
+            layer(x)
+            best_s[name] = min(best_s[name], time.perf_counter() - started)
     return best_s
