@@ -96,7 +96,8 @@ class DecodeRank:
         """A full prefill step and decode steps, timed on this stage for so many seconds each. Also its warm-up; leaves
         no trace."""
         slots, most = self._layout.micro_batch, self._max_length
-        decoding = [decode_segments(rows, _TYPICAL_LENGTH, most) for rows in {-(-slots // 2), slots}]
+        sizes = {-(-slots * quarters // 4) for quarters in range(1, 5)}
+        decoding = [decode_segments(rows, _TYPICAL_LENGTH, most) for rows in sizes]
         begun = decode_segments(slots // 2, _TYPICAL_LENGTH, most)  # others are decoded in a step that takes prompts in
         prompts = prompt_segments(self._step_tokens - len(begun), range(len(begun), slots), min(_TYPICAL_LENGTH, most))
         return [self._timed(segments, least_s) for segments in (*decoding, [*begun, *prompts])]
