@@ -42,7 +42,7 @@ class ForwardRank:
         self._endpoint, self._spec, self._skeleton = endpoint, spec, skeleton
         self.account = Account(Recorder.of_world(endpoint.size, spec.output.trace))
         endpoint.serving = lambda: self.account.phase("overhead")
-        self._links = Links(endpoint, self.account, spec.transport)
+        self._links = Links(endpoint, self.account, spec.transport, device)
         self._divided = layout.shards > 1
         shard, self._agree = self._links.join_shards(layout, self.coordinates)
         started = time.perf_counter()

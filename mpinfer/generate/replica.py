@@ -56,7 +56,7 @@ class DecodeRank:
         self.account = Account(Recorder.of_world(endpoint.size, spec.output.trace))
         self._hidden_size, self._final_size, self._dtype = skeleton.hidden_size, skeleton.final_size, skeleton.dtype
         endpoint.serving = lambda: self.account.phase("overhead")
-        self._links = Links(endpoint, self.account, spec.transport)
+        self._links = Links(endpoint, self.account, spec.transport, device)
         self._feed: RecordFeed | None = None
         self._step_tokens = max(spec.generate.step_tokens, layout.micro_batch)  # one of every sequence must fit
         length = skeleton.max_length if spec.generate.max_length == AUTO else spec.generate.max_length

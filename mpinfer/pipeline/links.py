@@ -11,6 +11,7 @@ from mpinfer.spec import TransportSpec
 from mpinfer.transport.channel import MpiInbox, MpiOutbox
 from mpinfer.transport.collective import ShardGroup
 from mpinfer.transport.endpoint import Endpoint
+from mpinfer.transport.gpu import find_gpu
 from mpinfer.transport.message import END, ChannelPlan, Inbox, Message, Outbox
 from mpinfer.transport.progress import check_progress, progressing
 
@@ -18,21 +19,23 @@ from mpinfer.transport.progress import check_progress, progressing
 class Links:
     """Makes the ends of this rank's channels; waiting at them goes to the account."""
 
-    def __init__(self, endpoint: Endpoint, account: Account, transport: TransportSpec) -> None:
-        """Raises `SpecError` when this MPI cannot make progress as asked."""
+    def __init__(self, endpoint: Endpoint, account: Account, transport: TransportSpec, device: str = "cpu") -> None:
+        """`device` computes what is sent. Raises `SpecError` when this MPI cannot make progress as asked."""
         check_progress(transport.progress)
+        self._gpu = find_gpu(device)
         self._endpoint, self._account, self._transport = endpoint, account, transport
         self._inboxes: list[MpiInbox] = []
         self._outboxes: list[MpiOutbox] = []
         self._groups: list[ShardGroup] = []
 
     def inbox(self, plan: ChannelPlan) -> MpiInbox:
-        self._inboxes.append(MpiInbox(self._endpoint, plan, self.waiting, self._note(plan, sent=False)))
+        note = self._note(plan, sent=False)
+        self._inboxes.append(MpiInbox(self._endpoint, plan, self.waiting, note, self._gpu))
         return self._inboxes[-1]
 
     def outbox(self, plan: ChannelPlan) -> MpiOutbox:
         blocking, note = self._transport.blocking, self._note(plan, sent=True)
-        self._outboxes.append(MpiOutbox(self._endpoint, plan, self.waiting, blocking, note))
+        self._outboxes.append(MpiOutbox(self._endpoint, plan, self.waiting, blocking, note, self._gpu))
         return self._outboxes[-1]
 
     def join_shards(self, layout: Replica, coordinates: Coordinates) -> tuple[Shard | None, Callable[[bool], bool]]:

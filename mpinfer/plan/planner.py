@@ -26,6 +26,7 @@ KV_MEMORY_SHARE = 0.85  # that weights and KV cache may take together; the rest 
 _SAME = 0.02  # predicted walls so near each other are equal: the simpler layout is taken
 _PROMISING, _FINALISTS = 1.3, 8  # by estimates: times the best, and how many, that are simulated
 _MOST_WORK = 1_000_000  # of all simulations together, some seconds: the layouts behind keep their estimates
+_TURN_S = 0.2e-3  # until a rank that waits has a core back that it shares, about what runs of 4 ranks on 2 cores took
 _UNEVEN_REPLICAS = 16  # most replicas of unequal size that are tried, beside those that memory suggests
 
 Run = Callable[[Replica, int], Simulated]
@@ -565,11 +566,19 @@ def replica_costs(
     """What a step costs every stage of a replica, and the links between them, the last one back to the first."""
     teams = [replica.stage_ranks(stage) for stage in range(replica.stages)]
     speeds = [min(machine.seats[rank].speed for rank in team) for team in teams]
-    links = [machine.slowest_link(team) for team in teams]
+    links = [_between_shards(machine, team) for team in teams]
     heads = [*(team[0] for team in teams), teams[0][0]]
     hops = [machine.link(a, b) for a, b in pairwise(heads)]
     staged = model.for_stages(replica.stages, replica.shards)
     return stage_costs(staged, rates, replica.cuts, speeds, replica.shards, links), hops
+
+
+def _between_shards(machine: Machine, team: Sequence[int]) -> Link:
+    """The link over which shards add up; where ranks share cores, the others are not there when a message comes."""
+    link = machine.slowest_link(team)
+    if all(machine.seats[rank].cores >= 1 for rank in team):
+        return link
+    return replace(link, latency_s=link.latency_s + _TURN_S)
 
 
 def _least_limit(model: ModelSummary, stages: int) -> int:

@@ -19,8 +19,9 @@ from mpi4py import MPI
 from mpinfer.errors import TransportError
 from mpinfer.transport.codec import ALIGNMENT_BYTES
 from mpinfer.transport.endpoint import Endpoint
+from mpinfer.transport.gpu import Event, Gpu
 from mpinfer.transport.lost import is_loss
-from mpinfer.transport.message import SAME_VERSIONS, TAGS, ChannelPlan, Message, ReceiveSlot, SendSlot
+from mpinfer.transport.message import SAME_VERSIONS, TAGS, ChannelPlan, Message, ReceiveSlot, SendSlot, unused
 
 Waiting = Callable[[str], AbstractContextManager[None]]
 """Accounts for time spent waiting: called with "send_wait" or "receive_wait"."""
@@ -49,10 +50,13 @@ def _body_tag(plan: ChannelPlan, slot: int) -> int:
 class MpiInbox:
     """The receiving end: one receive is posted in every slot before its message is needed."""
 
-    def __init__(self, endpoint: Endpoint, plan: ChannelPlan, waiting: Waiting, note: Note = _unnoted) -> None:
-        self._endpoint, self._plan, self._waiting, self._note = endpoint, plan, waiting, note
+    def __init__(
+        self, endpoint: Endpoint, plan: ChannelPlan, waiting: Waiting, note: Note = _unnoted, gpu: Gpu | None = None
+    ) -> None:
+        self._endpoint, self._plan, self._waiting, self._note, self._gpu = endpoint, plan, waiting, note, gpu
         data = endpoint.data
-        self._slots = [ReceiveSlot(plan, endpoint.epoch) for _ in range(plan.depth)]
+        self._empty = unused if gpu is None else gpu.empty
+        self._slots = [ReceiveSlot(plan, endpoint.epoch, self._empty) for _ in range(plan.depth)]
         self._heads = [data.Recv_init(_memory(s.head, plan.head_bytes), plan.source, plan.tag) for s in self._slots]
         self._bodies = [
             data.Recv_init(_memory(s.body, plan.body_bytes), plan.source, _body_tag(plan, n))
@@ -62,6 +66,7 @@ class MpiInbox:
         MPI.Prequest.Startall([*self._heads, *self._bodies])
         self._status = MPI.Status()
         self._used: list[MPI.Prequest] = []  # by the message that was taken last
+        self._fetched: tuple[Event, torch.Tensor] | None = None  # its body, to a GPU
         self._number = 0
         self.bytes_received = 0
 
@@ -77,13 +82,17 @@ class MpiInbox:
         body_bytes = slot.check_head(self._complete(self._heads[index]), self._number)
         beyond = None
         if body_bytes > self._plan.body_bytes:
-            beyond = torch.empty(body_bytes, dtype=torch.uint8)
+            beyond = self._empty(body_bytes)
             tag = _body_tag(self._plan, self._plan.depth)
             request = self._endpoint.data.Irecv(_memory(beyond, body_bytes), self._plan.source, tag)
             slot.check_body(self._complete(request), self._number)
         elif body_bytes:
             self._used.append(self._bodies[index])
             slot.check_body(self._complete(self._bodies[index]), self._number)
+        if body_bytes and self._gpu is not None:
+            received = (slot.body if beyond is None else beyond)[:body_bytes]
+            beyond, copied = self._gpu.fetch(received)
+            self._fetched = copied, received
         self._note(self._number)
         self._number += 1
         return slot.message(beyond)
@@ -97,6 +106,9 @@ class MpiInbox:
             request.Free()
 
     def _give_back(self) -> None:
+        if self._fetched is not None:
+            self._fetched[0].synchronize()
+            self._fetched = None
         for request in self._used:
             request.Start()
         self._used.clear()
@@ -122,18 +134,26 @@ class MpiInbox:
 class _Sending:
     """A slot of an outbox and its requests."""
 
-    def __init__(self, endpoint: Endpoint, plan: ChannelPlan, index: int) -> None:
-        self._data, self._plan, self._index = endpoint.data, plan, index
-        self._slot = SendSlot(plan, endpoint.epoch)
+    def __init__(self, endpoint: Endpoint, plan: ChannelPlan, index: int, gpu: Gpu | None) -> None:
+        self._data, self._plan, self._index, self._gpu = endpoint.data, plan, index, gpu
+        self._slot = SendSlot(plan, endpoint.epoch, unused if gpu is None else gpu.empty)
         self._head: MPI.Prequest | None = None
         self._head_bytes = 0  # that it was made for: steps of a form have heads of one size
         self._requests: list[MPI.Request] = []
+        self._written: Event | None = None  # by the GPU that the message comes from
         self.started_s = 0.0
 
-    def start(self, message: Message, number: int) -> int:
-        """Returns the bytes that are on their way now."""
+    def write(self, message: Message, number: int) -> int:
+        """Put a message into the slot, or have the GPU do so; returns its bytes."""
+        self._slot.write(message, number)
+        self._written = None if self._gpu is None else self._gpu.mark()
+        return self._slot.head_bytes + self._slot.body_bytes
+
+    def start(self) -> bool:
+        """Start sending what was written, once it is there; whether that is so."""
+        if self._written is not None and not self._written.query():
+            return False
         slot, plan = self._slot, self._plan
-        slot.write(message, number)
         if slot.head_bytes != self._head_bytes:
             self.free()
             memory = _memory(slot.head, slot.head_bytes)
@@ -147,7 +167,7 @@ class _Sending:
             tag = _body_tag(plan, self._index if slot.body_bytes <= plan.body_bytes else plan.depth)
             self._requests.append(self._data.Isend(_memory(slot.body, slot.body_bytes), plan.destination, tag))
         self.started_s = time.perf_counter()
-        return slot.head_bytes + slot.body_bytes
+        return True
 
     def completed(self) -> bool:
         while self._requests:
@@ -167,25 +187,34 @@ class MpiOutbox:
     """The sending end: a send is waited for only when its slot is needed again."""
 
     def __init__(
-        self, endpoint: Endpoint, plan: ChannelPlan, waiting: Waiting, blocking: bool, note: Note = _unnoted
+        self,
+        endpoint: Endpoint,
+        plan: ChannelPlan,
+        waiting: Waiting,
+        blocking: bool,
+        note: Note = _unnoted,
+        gpu: Gpu | None = None,
     ) -> None:
         self._endpoint, self._plan, self._waiting, self._note = endpoint, plan, waiting, note
         self._blocking = blocking
-        self._slots = [_Sending(endpoint, plan, index) for index in range(plan.depth)]
-        self._in_flight: deque[_Sending] = deque()  # in order
+        self._slots = [_Sending(endpoint, plan, index, gpu) for index in range(plan.depth)]
+        self._written: deque[_Sending] = deque()  # in order; on their way once all is there
+        self._in_flight: deque[_Sending] = deque()  # after these
         self._number = 0
         self.bytes_sent = 0
         self.in_flight_s = 0.0  # summed over messages, from start to the poll that found them complete
         endpoint.attach(self)
 
     def start(self, micro_batch: int, message: Message) -> None:
-        """Start sending. Raises `TransportError` when the message has more words than planned."""
-        if len(self._in_flight) == self._plan.depth:
+        """Start sending, as soon as a GPU has computed it. Raises `TransportError` when the message has more words than
+        planned."""
+        if len(self._written) + len(self._in_flight) == self._plan.depth:
             self._wait_for(self._plan.depth - 1)
         slot = self._slots[self._number % self._plan.depth]
         self._note(self._number)
-        self.bytes_sent += slot.start(message, self._number)
-        self._in_flight.append(slot)
+        self.bytes_sent += slot.write(message, self._number)
+        self._written.append(slot)
+        self._start_written()
         self._number += 1
         if self._blocking:
             self._wait_for(0)
@@ -196,6 +225,7 @@ class MpiOutbox:
             slot.free()
 
     def complete_finished(self) -> None:
+        self._start_written()
         while self._in_flight and self._in_flight[0].completed():
             self.in_flight_s += time.perf_counter() - self._in_flight.popleft().started_s
 
@@ -207,4 +237,8 @@ class MpiOutbox:
 
     def _at_most(self, most: int) -> bool:
         self.complete_finished()
-        return len(self._in_flight) <= most
+        return len(self._written) + len(self._in_flight) <= most
+
+    def _start_written(self) -> None:
+        while self._written and self._written[0].start():
+            self._in_flight.append(self._written.popleft())

@@ -36,9 +36,11 @@ class Encoded(Protocol):
     @staticmethod
     def size_bytes(dtype: torch.dtype, shape: Shape) -> int: ...
 
-    def put(self, value: torch.Tensor) -> None: ...
+    def put(self, value: torch.Tensor) -> None:
+        """Of a tensor on a GPU it is there once the GPU has done what it was asked for."""
 
-    def get(self) -> torch.Tensor: ...
+    def get(self) -> torch.Tensor:
+        """On the device of the memory."""
 
 
 class Plain:
@@ -52,7 +54,7 @@ class Plain:
         return padded(prod(shape) * dtype.itemsize)
 
     def put(self, value: torch.Tensor) -> None:
-        self._view.copy_(value)
+        self._view.copy_(value, non_blocking=True)
 
     def get(self) -> torch.Tensor:
         return self._view
@@ -72,7 +74,7 @@ class Rounded:
         return padded(prod(shape) * cls.wire_dtype.itemsize)
 
     def put(self, value: torch.Tensor) -> None:
-        self._view.copy_(value)
+        self._view.copy_(value, non_blocking=True)
 
     def get(self) -> torch.Tensor:
         return self._view.to(self._dtype)
@@ -108,8 +110,8 @@ class ScaledRows:
         rows = value.reshape(self._steps.shape).float()
         least, most = torch.aminmax(rows, dim=1, keepdim=True)
         largest = torch.maximum(most, -least)
-        self._scales.copy_(largest / self._STEPS)
-        self._steps.copy_((rows * (self._STEPS / largest.clamp(min=self._LEAST))).round_())
+        self._scales.copy_(largest / self._STEPS, non_blocking=True)
+        self._steps.copy_((rows * (self._STEPS / largest.clamp(min=self._LEAST))).round_(), non_blocking=True)
 
     def get(self) -> torch.Tensor:
         return (self._steps * self._scales).to(self._dtype).view(self._shape)

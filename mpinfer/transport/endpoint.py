@@ -34,6 +34,7 @@ _SPIN_S, _SPIN_SHARING_S = 1e-3, 50e-6
 _LONGEST_SLEEP_S, _LONGEST_SLEEP_SHARING_S = 0.25e-3, 1e-3
 # Of what has been waited already: a wait costs little and overshoots little, however long it is.
 _SLEEP_SHARE, _SLEEP_SHARE_SHARING = 1 / 64, 1 / 16
+_POLLS = 16  # of what is waited for, in about the time of one look at everything else
 _COLLECTIVE_SLEEP_S = 10e-3  # start and end of a run, where ranks wait for seconds
 _FORWARD_S = 0.1  # for the launcher to pass on what a rank said last: an abort may overtake it
 _ABORT_S = 2.0  # for an abort to return, or what is flushed before it; then this process ends alone
@@ -94,8 +95,9 @@ class Endpoint:
         spin_s = _SPIN_SHARING_S if self.shares_cores else _SPIN_S
         longest_s = _LONGEST_SLEEP_SHARING_S if self.shares_cores else _LONGEST_SLEEP_S
         share = _SLEEP_SHARE_SHARING if self.shares_cores else _SLEEP_SHARE
+        polls = 1 if self.shares_cores else _POLLS
         started = time.perf_counter()
-        while not done():
+        while not any(done() for _ in range(polls)):
             self.progress()
             waited_s = time.perf_counter() - started
             if waited_s < spin_s:

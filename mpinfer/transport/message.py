@@ -10,7 +10,7 @@ a tensor that fills its memory is sent from where it is. Both have a planned cap
 they follow as a body that the head announces, and the receiver makes room for this one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol, cast
@@ -196,18 +196,28 @@ class _Layout:
         return [item.bind(space, offset) for item, offset in zip(self.items, self.offsets, strict=True)]
 
 
+def unused(size_bytes: int) -> torch.Tensor:
+    """Memory for a body on the host: takes none before it is used, and then large pages, for which numpy asks where
+    torch does not."""
+    return torch.from_numpy(np.empty(size_bytes, dtype=np.uint8))
+
+
+Empty = Callable[[int], torch.Tensor]
+"""Makes memory of so many bytes."""
+
+
 class SendSlot:
     """One slot at the sending end. What follows from the form of a message is kept for the next of the same form."""
 
-    def __init__(self, plan: ChannelPlan, epoch: int) -> None:
-        self._plan = plan
+    def __init__(self, plan: ChannelPlan, epoch: int, empty: Empty = unused) -> None:
+        self._plan, self._empty = plan, empty
         self.head = torch.zeros(plan.head_bytes, dtype=torch.uint8)
         self.head_bytes = 0  # of it, in the message that was written last
         self.body: torch.Tensor | None = None  # what follows, if anything; to be held until it is sent
         self.body_bytes = 0
         self._words = self.head[: padded(4 * plan.words)].numpy().view(np.int32)
         self._words[[_EPOCH, _TAG]] = epoch, plan.tag
-        self._own_body = _unused(plan.body_bytes)
+        self._own_body = empty(plan.body_bytes)
         self._form: tuple[object, ...] | None = None
 
     def write(self, message: Message, number: int) -> None:
@@ -218,7 +228,7 @@ class SendSlot:
             self._form = form
         self._words[_SEQUENCE] = number & _NUMBER_BITS
         self._header[:] = message.header
-        if self._direct and _fills_its_memory(sole := message.payload):
+        if self._direct and self._fills_its_memory(sole := message.payload):
             self.body = sole
             return
         for place, item, encoded in self._puts:
@@ -250,7 +260,7 @@ class SendSlot:
         self._header = self._words[layout.header]
         self.head_bytes, self.body_bytes = layout.head_bytes, layout.body_bytes
         fits = self.body_bytes <= self._plan.body_bytes
-        self._body = None if not self.body_bytes else self._own_body if fits else _unused(self.body_bytes)
+        self._body = None if not self.body_bytes else self._own_body if fits else self._empty(self.body_bytes)
         encoded = layout.bind(self.head, self._own_body if self._body is None else self._body)
         places = [place for place, value in enumerate(message.values) if not isinstance(value, int)]
         self._puts = list(zip(places, items, encoded, strict=True))
@@ -262,15 +272,19 @@ class SendSlot:
         plain = self._layout.items[0].plain and tensor.nbytes == self.body_bytes
         return plain and dense
 
+    def _fills_its_memory(self, tensor: torch.Tensor) -> bool:
+        """Whether it is no part of something else, as a slot of an inbox, which may be overwritten; where MPI reads."""
+        return tensor.device.type == self._own_body.device.type and tensor.untyped_storage().nbytes() == tensor.nbytes
+
 
 class ReceiveSlot:
     """One slot at the receiving end: memory for a head and a body, and the message that lies in them."""
 
-    def __init__(self, plan: ChannelPlan, epoch: int) -> None:
+    def __init__(self, plan: ChannelPlan, epoch: int, empty: Empty = unused) -> None:
         self._plan, self._epoch = plan, epoch
         self.head = torch.zeros(plan.head_bytes, dtype=torch.uint8)
         # Larger than any tensor in it: none fills its memory, and one that is passed on is copied.
-        self.body = _unused(plan.body_bytes + ALIGNMENT_BYTES)
+        self.body = empty(plan.body_bytes + ALIGNMENT_BYTES)
         self._words = self.head[: padded(4 * plan.words)].numpy().view(np.int32)
         self._bytes = self.head.numpy().data
         self._known: bytes | None = None  # what says how the message lies, of the head that was read last
@@ -345,16 +359,6 @@ class ReceiveSlot:
 def _form(value: Value) -> object:
     """What decides how a value lies in a message."""
     return value if isinstance(value, int) else (value.dtype, value.shape, value.stride())
-
-
-def _fills_its_memory(tensor: torch.Tensor) -> bool:
-    """Whether it is no part of something else, as a slot of an inbox, which may be overwritten; on the CPU."""
-    return tensor.is_cpu and tensor.untyped_storage().nbytes() == tensor.nbytes
-
-
-def _unused(size_bytes: int) -> torch.Tensor:
-    # Takes no memory before it is used, and then large pages: numpy asks for them where torch does not.
-    return torch.from_numpy(np.empty(size_bytes, dtype=np.uint8))
 
 
 def _cut_short(plan: ChannelPlan, number: int, received_bytes: int, expected_bytes: int) -> TransportError:

@@ -101,6 +101,78 @@ except SpecError as error:
 """
 )
 
+GPU = (
+    PREAMBLE
+    + """
+class Late:
+    # Something that is done when it has been asked for three times, or waited for.
+    def __init__(self, act):
+        self.act, self.asked = act, 0
+
+    def query(self):
+        self.asked += 1
+        if self.asked == 3:
+            self.act()
+        return self.asked >= 3
+
+    def synchronize(self):
+        while not self.query():
+            pass
+
+class SlowGpu:
+    # What is written into its memory is there only when the event that marks it has come; so is what is fetched.
+    def __init__(self):
+        self.memories = []
+
+    def empty(self, size):
+        self.memories.append([torch.zeros(size, dtype=torch.uint8), torch.empty(0)])  # and as it was seen last
+        return self.memories[-1][0]
+
+    def mark(self):
+        late = []
+        for entry in self.memories:
+            memory, seen = entry
+            if not torch.equal(memory, seen):
+                late.append((memory, memory.clone()))
+                entry[1] = memory.fill_(255).clone()
+
+        def come():
+            for memory, written in late:
+                memory.copy_(written)
+                next(entry for entry in self.memories if entry[0] is memory)[1] = written
+
+        return Late(come)
+
+    def fetch(self, received):
+        copy = torch.zeros_like(received)
+        return copy, Late(lambda: copy.copy_(received))
+
+def message(number):
+    rows = INLINE_BYTES // (4 if number % 7 == 3 else 16)  # some are beyond the plan
+    return torch.randn(rows, 16, generator=torch.Generator().manual_seed(number))
+
+for tag, blocking in ((1, False), (2, True)):
+    mine = plan(4 * INLINE_BYTES + 64, tag, depth=2)
+    if endpoint.rank == 0:
+        end = MpiOutbox(endpoint, mine, lambda phase: nullcontext(), blocking, gpu=SlowGpu())
+        for number in range(30):
+            end.start(0, Message(header(number), (message(number), number)))
+        end.start(-1, END)
+        end.drain()
+        continue
+    end = MpiInbox(endpoint, mine, lambda phase: nullcontext(), gpu=SlowGpu())
+    tensors = []
+    for number in range(30):
+        taken = end.take(0)
+        assert taken.header.tolist() == [number]
+        tensors.append(taken.values[0])
+    assert end.take(-1).is_end
+    for number, tensor in enumerate(tensors):
+        assert torch.equal(tensor, message(number)), number
+    end.close()
+"""
+)
+
 LARGE = (
     PREAMBLE
     + """
@@ -146,6 +218,12 @@ def test_what_is_sent_comes(mpi: Mpi) -> None:
     run = mpirun(mpi, 2, ["python", "-c", CARRY])
     assert run.returncode == 0, run.stderr
     assert run.stderr.count(f"{LIBRARY_VARIABLES[mpi.name]} is not set, and MPI has started") == 2
+
+
+def test_bodies_wait_for_a_gpu_and_their_slots_too(mpi: Mpi) -> None:
+    """With one that is slow to do what it was asked for, and memory that shows it."""
+    run = mpirun(mpi, 2, ["python", "-c", GPU])
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.slow
