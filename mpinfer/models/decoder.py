@@ -176,10 +176,11 @@ class DecoderSkeleton:
         read_bytes = self._fill(device, tuner)
         compiled: list[CompiledLayer] = []
         if kernels is not None:
-            # A shard's sums with the others stand between the parts of a layer.
-            layers, sampling = (own_layers if shard is None else [], own_layers[-1] if last and own_layers else None)
-            replaced, compiled = quicken(self.model, kernels, layers, last=sampling)
+            sampling = own_layers[-1] if last and own_layers else None
+            replaced, compiled = quicken(self.model, kernels, own_layers, last=sampling)
             tuner.used.update(replaced)
+        for whole in compiled:
+            whole.reduce = None if shard is None else shard.reduce
         for path, join in joints.items():  # around what the tuner made of them
             self.model.set_submodule(path, join(self.model.get_submodule(path)))
         self.model.to(device)  # the buffers that are computed, not loaded

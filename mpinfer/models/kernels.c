@@ -631,34 +631,38 @@ static void add(float *sum, const float *x, i64 count)
 
 INLINE i64 most(i64 a, i64 b) { return a > b ? a : b; }
 
-/* Floats that decoder_layer needs for each token. */
+/* Floats that a layer's halves need for each token. */
 i64 layer_scratch(const struct layer *l)
 {
     i64 hidden = l->output.outputs, query = l->heads * l->size, inner = l->down.width;
-    return hidden + most(l->projections.outputs, 2 * inner) + most(query, inner) + query + 1 + most(hidden, most(query, inner)) / 4 + 1;
+    i64 first = hidden + l->projections.outputs + 2 * query, second = hidden + 3 * inner;
+    return most(first, second) + 1 + most(hidden, most(query, inner)) / 4 + 1; /* and steps and codes of int8 inputs */
 }
 
-/* y [tokens, hidden] of x. If `keeping` is not 0, only such rows of it, `kept`: of a last layer the others are not used. */
-void decoder_layer(const struct layer *l, const struct step *s, const struct step *late, const i64 *kept, const float *cosines,
-                   const float *sines, float *keys, float *values, i64 capacity, const float *x, float *y, float *scratch)
+/* The first half of a layer, without the sum: the residual is x, and what is to be added to it the attention's output.
+ * Both have one row for each token or, where there is a `late` step, for each of the rows `kept`: of a last layer the
+ * others are not used. */
+void layer_attention(const struct layer *l, const struct step *s, const struct step *late, const i64 *kept,
+                     const float *cosines, const float *sines, float *keys, float *values, i64 capacity, const float *x,
+                     float *residual, float *added, float *scratch)
 {
-    i64 tokens = s->tokens, hidden = l->output.outputs, width = l->heads * l->size, inner = l->down.width;
-    float *narrow = scratch, *wide = narrow + tokens * hidden;
-    float *query = wide + tokens * most(l->projections.outputs, 2 * inner), *attended = query + tokens * most(width, inner);
-    float *gated_up = query, *rest = attended + tokens * width;
+    i64 tokens = s->tokens, hidden = l->output.outputs, width = l->heads * l->size;
+    float *normal = scratch, *projected = normal + tokens * l->projections.width;
+    float *query = projected + tokens * l->projections.outputs, *attended = query + tokens * width;
+    float *rest = attended + tokens * width;
 
-    apply_norm(&l->before_attention, x, narrow, tokens, hidden);
-    apply(&l->projections, narrow, wide, tokens, rest);
-    rotate_and_store(wide, cosines, sines, l->query.weight, l->key.weight, l->query.epsilon, query, keys, values, s->places,
-                     capacity, tokens, l->heads, l->kv_heads, l->size);
+    apply_norm(&l->before_attention, x, normal, tokens, hidden);
+    apply(&l->projections, normal, projected, tokens, rest);
+    rotate_and_store(projected, cosines, sines, l->query.weight, l->key.weight, l->query.epsilon, query, keys, values,
+                     s->places, capacity, tokens, l->heads, l->kv_heads, l->size);
     if (late) {
         s = late, tokens = s->tokens;
         for (i64 row = 0; row < tokens; row++) { /* kept[row] >= row */
             memmove(query + row * width, query + kept[row] * width, width * sizeof(float));
-            memcpy(y + row * hidden, x + kept[row] * hidden, hidden * sizeof(float));
+            memcpy(residual + row * hidden, x + kept[row] * hidden, hidden * sizeof(float));
         }
     } else
-        memcpy(y, x, tokens * hidden * sizeof(float));
+        memcpy(residual, x, tokens * hidden * sizeof(float));
     attend_tokens(query, width, keys, values, s->places, s->positions, attended, s->alone, l->heads, l->kv_heads, l->size,
                   capacity, l->window, l->scaling);
     for (const i64 *c = s->chunk; c < s->chunk + 4 * s->chunks; c += 4) {
@@ -666,14 +670,38 @@ void decoder_layer(const struct layer *l, const struct step *s, const struct ste
         attend_chunk(query + c[0] * width, width, keys + slot, values + slot, attended + c[0] * width, c[3], c[1], l->heads,
                      l->kv_heads, l->size, capacity, l->window, l->scaling);
     }
-    apply(&l->output, attended, narrow, tokens, rest);
-    apply_norm(&l->after_attention, narrow, narrow, tokens, hidden);
-    add(y, narrow, tokens * hidden);
+    apply(&l->output, attended, added, tokens, rest);
+}
 
-    apply_norm(&l->before_mlp, y, narrow, tokens, hidden);
-    apply(&l->gates, narrow, wide, tokens, rest);
-    gated(wide, gated_up, tokens, inner, l->gelu);
-    apply(&l->down, gated_up, narrow, tokens, rest);
-    apply_norm(&l->after_mlp, narrow, narrow, tokens, hidden);
-    add(y, narrow, tokens * hidden);
+/* The second half: takes what the first one adds, and leaves what is to be added in the end. */
+void layer_mlp(const struct layer *l, i64 tokens, float *residual, float *added, float *scratch)
+{
+    i64 hidden = l->output.outputs, inner = l->down.width;
+    float *normal = scratch, *gates = normal + tokens * hidden, *active = gates + 2 * tokens * inner;
+    float *rest = active + tokens * inner;
+
+    apply_norm(&l->after_attention, added, added, tokens, hidden);
+    add(residual, added, tokens * hidden);
+    apply_norm(&l->before_mlp, residual, normal, tokens, hidden);
+    apply(&l->gates, normal, gates, tokens, rest);
+    gated(gates, active, tokens, inner, l->gelu);
+    apply(&l->down, active, added, tokens, rest);
+}
+
+void layer_end(const struct layer *l, i64 tokens, float *residual, float *added)
+{
+    i64 hidden = l->output.outputs;
+    apply_norm(&l->after_mlp, added, added, tokens, hidden);
+    add(residual, added, tokens * hidden);
+}
+
+/* All of it. */
+void decoder_layer(const struct layer *l, const struct step *s, const struct step *late, const i64 *kept,
+                   const float *cosines, const float *sines, float *keys, float *values, i64 capacity, const float *x,
+                   float *residual, float *added, float *scratch)
+{
+    i64 tokens = late ? late->tokens : s->tokens;
+    layer_attention(l, s, late, kept, cosines, sines, keys, values, capacity, x, residual, added, scratch);
+    layer_mlp(l, tokens, residual, added, scratch);
+    layer_end(l, tokens, residual, added);
 }

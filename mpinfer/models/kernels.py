@@ -42,7 +42,10 @@ _SIGNATURES = {
     "linear": [*[_POINTER] * 4, *[_INT] * 3],
     "linear_int8": [*[_POINTER] * 7, *[_INT] * 3],
     "quantize": [*[_POINTER] * 3, *[_INT] * 4],
-    "decoder_layer": [*[_POINTER] * 8, _INT, *[_POINTER] * 3],
+    "decoder_layer": [*[_POINTER] * 8, _INT, *[_POINTER] * 4],
+    "layer_attention": [*[_POINTER] * 8, _INT, *[_POINTER] * 4],
+    "layer_mlp": [_POINTER, _INT, *[_POINTER] * 3],
+    "layer_end": [_POINTER, _INT, *[_POINTER] * 2],
 }
 
 

@@ -5,6 +5,7 @@ the caches each time, pushed out by weights.
 """
 
 import ctypes
+from collections.abc import Callable
 from ctypes import byref
 from typing import NamedTuple
 
@@ -75,6 +76,7 @@ class CompiledLayer:
         self.attention = attention
         self.products = [parts.projections, parts.output, parts.gates, parts.down]
         self._library, self._parts, self._last = kernels.library, parts, last
+        self.reduce: Callable[[torch.Tensor], torch.Tensor] | None = None  # sums over the shards of the layer, if any
         query_norm, key_norm = attention.norms or (None, None)
         norms = [parts.before_attention, query_norm, key_norm, parts.after_attention, parts.before_mlp, parts.after_mlp]
         self._layer = _Layer(
@@ -98,14 +100,23 @@ class CompiledLayer:
         x, cosines, sines = x.contiguous(), cosines.contiguous(), sines.contiguous()
         late, samples = (step.late, step.samples) if self._last else (None, None)
         y = torch.empty_like(x) if samples is None else x.new_empty(len(samples), x.shape[1])
-        scratch = step.scratch(len(x) * self._scratch_per_token)
-        self._library.decoder_layer(
-            *(byref(self._layer), byref(step.whole)),
+        added, scratch = torch.empty_like(y), step.scratch(len(x) * self._scratch_per_token)
+        layer, rows = byref(self._layer), len(y)
+        arguments = (
+            *(layer, byref(step.whole)),
             *((None, None) if late is None or samples is None else (byref(late), samples.data_ptr())),
             *(tensor.data_ptr() for tensor in (cosines, sines, keys, values)),
             keys.shape[2],
-            *(tensor.data_ptr() for tensor in (x, y, scratch)),
+            *(tensor.data_ptr() for tensor in (x, y, added, scratch)),
         )
+        if self.reduce is None:
+            self._library.decoder_layer(*arguments)
+            return y
+        self._library.layer_attention(*arguments)
+        self.reduce(added)
+        self._library.layer_mlp(layer, rows, y.data_ptr(), added.data_ptr(), scratch.data_ptr())
+        self.reduce(added)
+        self._library.layer_end(layer, rows, y.data_ptr(), added.data_ptr())
         return y
 
 
