@@ -18,7 +18,7 @@ from typing import Any
 
 from planned_jobs import SECTIONS, Shape, mpinfer, run, write_job
 
-RECORDS = {"smollm2": 64, "efficientnet": 512}
+RECORDS = {"smollm2": 64, "efficientnet": 2048}
 
 
 def layouts(job: Path, ranks: int, records: int) -> list[Shape]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # torch loads only once the cheap checks have passed and thre
 # run less than it costs.
 _MEASURING_SHARE, _MEASURING_S = 0.05, (0.2, 1.0)
 _SLOW_FLOPS_PER_S, _BYTES_A_TOKEN = 1e10, 4
+_TIMING_BY_TURNS_S = 0.3  # where ranks share cores: many turns of each, whoever begins first
 _TIMING_SHARE, _TIMING_S = 0.01, (0.05, 0.2)  # the same for each step on loaded stages, of the predicted wall
 
 
@@ -166,7 +167,8 @@ def _within(limits: tuple[float, float], value: float) -> float:
 
 def time_steps(world: World, rank: "Rank", planned_s: float) -> list[list[Timed]]:
     """Steps that every rank has timed on its stage, by rank; the run is planned to take so long."""
-    own = everywhere(world.endpoint, lambda: rank.timed_steps(_within(_TIMING_S, _TIMING_SHARE * planned_s)))
+    least_s = _TIMING_BY_TURNS_S if _crowd(world) > 1 else _within(_TIMING_S, _TIMING_SHARE * planned_s)
+    own = everywhere(world.endpoint, lambda: rank.timed_steps(least_s))
     timed = world.endpoint.all_gather([[asdict(step.demand), step.seconds / _crowd(world)] for step in own])
     return [[Timed(Demand(**demand), seconds) for demand, seconds in steps] for steps in timed]
 
