@@ -104,6 +104,10 @@ except SpecError as error:
 GPU = (
     PREAMBLE
     + """
+from mpinfer.transport.gpu import find_gpu, takes_gpu_memory
+assert find_gpu("cpu") is None
+assert takes_gpu_memory() in (True, False)  # the library can be asked
+
 class Late:
     # Something that is done when it has been asked for three times, or waited for.
     def __init__(self, act):

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -377,6 +378,18 @@ def test_costs_of_a_replica_follow_its_ranks():
     assert (fast.seconds(Demand(1, 1)), slow.seconds(Demand(1, 1))) == (1.5, 5.0)
     assert hops == [FAST, FAST]
     assert block_seconds(model(), RATES, ((Demand(10, 10), 0.1),)) == [0, 1, 1, 1, 1, 1, 1, 2]
+
+
+def test_shards_that_share_cores_wait_for_their_turns():
+    blocks = tuple(replace(block, reductions=2) for block in model().blocks)
+    replica = Replica((0, 1), 1, 2, (0, 8), 1, 1, 10, 1.0)
+    alone, sharing = (
+        replica_costs(ModelSummary(blocks, most_shards=2), machine(2, cores=cores), RATES, replica)[0][0].seconds(
+            Demand(1, 1)
+        )
+        for cores in (1.0, 0.5)
+    )
+    assert sharing - alone == pytest.approx(2 * len(blocks) * 2 * 0.2e-3)  # there and back, for every sum
 
 
 # -- schedule ------------------------------------------------------------------------------------------------------
