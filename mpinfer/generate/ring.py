@@ -45,7 +45,8 @@ class Finish:
             first, *others = (value for value in message.values if isinstance(value, torch.Tensor))
             hidden, share = first[:, : self._final_size], first[:, self._final_size :]
             own = self._readout.reduce(hidden, decode_header(message.header).targets)
-            shares = [found for found in (share, *others, own) if found.shape[1]]
+            # Small messages stay on the host, whatever computes.
+            shares = [found.to(own.device) for found in (share, *others, own) if found.shape[1]]
             return self._task.results(hidden, shares, sequences)
 
 

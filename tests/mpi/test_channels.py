@@ -104,9 +104,11 @@ except SpecError as error:
 GPU = (
     PREAMBLE
     + """
+import ctypes
 from mpinfer.transport.gpu import find_gpu, takes_gpu_memory
 assert find_gpu("cpu") is None
-assert takes_gpu_memory() in (True, False)  # the library can be asked
+assert hasattr(ctypes.CDLL(MPI.__file__), "MPIX_Query_cuda_support")  # the library can be asked
+assert torch.cuda.is_available() or not takes_gpu_memory()
 
 class Late:
     # Something that is done when it has been asked for three times, or waited for.
