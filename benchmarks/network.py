@@ -1,6 +1,6 @@
 """A pipeline of two stages over links of several kinds, beside one in shared memory.
 
-    .venv/bin/python benchmarks/network.py [--cases hosts 1gbit] [--rounds 3] [--records 64]
+    .venv/bin/python benchmarks/network.py [--cases hosts 1gbit] [--rounds 3] [--records 256]
 
 SmolLM2, one replica of two stages on one core each, the same in every case; hosts are those of tests/lab.py, which need
 root. Cases run in turn, round after round; medians are shown, and of the ratios of a round to `memory` in the same one.
@@ -99,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
-    parser.add_argument("--records", type=int, default=64, help="(%(default)s)")
+    parser.add_argument("--records", type=int, default=256, help="(%(default)s)")
     options = parser.parse_args()
     outcomes: dict[str, list[Outcome]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as temporary:

@@ -99,6 +99,7 @@ def join_world(refuse_mixed: bool = True) -> World:
     world = World(endpoint, context, binding, len(set(nodes)), local_rank, len(neighbours))
     for text in overlapping_bindings(nodes, cores):
         world.say(f"warning: {text}")
+    endpoint.neighbours = frozenset(neighbours)
     endpoint.shares_cores = world.is_crowded
     install_abort_hook(endpoint, lambda: str(world))
     world.lap("mpi")

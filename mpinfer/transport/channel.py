@@ -5,12 +5,17 @@ before its message is needed. Heads (see `message.py`) go by persistent requests
 Those of the first slot are sent synchronously: complete only once the receiver had a slot for them, and so for all
 before them. A sender that is ahead waits, and nothing piles up inside MPI. The body of a message has its slot's own
 tag, and so finds the receive that waits for it.
+
+Between nodes a body of moderate size goes in pieces. MPI sends small messages at once; before a larger one it asks the
+other end and waits for the answer, which takes twice the latency and, while both ends compute, until both call MPI.
+Here that is for nothing, since the memory is known to wait.
 """
 
 import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from itertools import chain
 from typing import cast
 
 import torch
@@ -37,14 +42,26 @@ def _unnoted(number: int) -> None:
 _UNIT = MPI.BYTE.Create_contiguous(ALIGNMENT_BYTES).Commit()  # MPI counts to 2**31: with bytes a message ended at 2 GiB
 
 
-def _memory(tensor: torch.Tensor, size_bytes: int) -> list[object]:
-    """The first bytes of a tensor's memory, for MPI. The tensor is to be held until MPI is done with it."""
-    return [MPI.buffer.fromaddress(tensor.data_ptr(), size_bytes), size_bytes // ALIGNMENT_BYTES, _UNIT]
+_PIECE_BYTES = 2**16 - 2**10  # Open MPI over TCP sends up to 64 KiB at once, its own header included
+_MOST_PIECES = 16  # a body of more takes longer than asking
 
 
-def _body_tag(plan: ChannelPlan, slot: int) -> int:
-    """Of bodies into that slot; of those that fit none, `slot` is the depth."""
-    return plan.tag + TAGS * (1 + slot)
+def _memory(tensor: torch.Tensor, size_bytes: int, start: int = 0) -> list[object]:
+    """Some bytes of a tensor's memory, for MPI. The tensor is to be held until MPI is done with it."""
+    return [MPI.buffer.fromaddress(tensor.data_ptr() + start, size_bytes), size_bytes // ALIGNMENT_BYTES, _UNIT]
+
+
+def _body_tag(plan: ChannelPlan, slot: int, piece: int = 0) -> int:
+    """Of a piece of bodies into that slot; of those that fit none, `slot` is the depth."""
+    return plan.tag + TAGS * (1 + slot + piece * (1 + plan.depth))
+
+
+def _pieces(endpoint: Endpoint, plan: ChannelPlan, body_bytes: int) -> list[tuple[int, int]]:
+    """Where each piece of a body starts, and its size; alike at both ends. A body beyond the plan is in one."""
+    near = endpoint.neighbours.issuperset((plan.source, plan.destination))
+    if near or not body_bytes <= plan.body_bytes <= _MOST_PIECES * _PIECE_BYTES:
+        return [(0, body_bytes)] if body_bytes else []
+    return [(start, min(_PIECE_BYTES, body_bytes - start)) for start in range(0, body_bytes, _PIECE_BYTES)]
 
 
 class MpiInbox:
@@ -58,12 +75,15 @@ class MpiInbox:
         self._empty = unused if gpu is None else gpu.empty
         self._slots = [ReceiveSlot(plan, endpoint.epoch, self._empty) for _ in range(plan.depth)]
         self._heads = [data.Recv_init(_memory(s.head, plan.head_bytes), plan.source, plan.tag) for s in self._slots]
+        pieces = list(enumerate(_pieces(endpoint, plan, plan.body_bytes)))
         self._bodies = [
-            data.Recv_init(_memory(s.body, plan.body_bytes), plan.source, _body_tag(plan, n))
+            [
+                data.Recv_init(_memory(s.body, size, start), plan.source, _body_tag(plan, n, piece))
+                for piece, (start, size) in pieces
+            ]
             for n, s in enumerate(self._slots)
-            if plan.body_bytes
         ]
-        MPI.Prequest.Startall([*self._heads, *self._bodies])
+        MPI.Prequest.Startall([*self._heads, *chain(*self._bodies)])
         self._status = MPI.Status()
         self._used: list[MPI.Prequest] = []  # by the message that was taken last
         self._fetched: tuple[Event, torch.Tensor] | None = None  # its body, to a GPU
@@ -87,8 +107,9 @@ class MpiInbox:
             request = self._endpoint.data.Irecv(_memory(beyond, body_bytes), self._plan.source, tag)
             slot.check_body(self._complete(request), self._number)
         elif body_bytes:
-            self._used.append(self._bodies[index])
-            slot.check_body(self._complete(self._bodies[index]), self._number)
+            pieces = self._bodies[index][: len(_pieces(self._endpoint, self._plan, body_bytes))]
+            self._used += pieces
+            slot.check_body(sum(map(self._complete, pieces)), self._number)
         if body_bytes and self._gpu is not None:
             received = (slot.body if beyond is None else beyond)[:body_bytes]
             beyond, copied = self._gpu.fetch(received)
@@ -99,7 +120,7 @@ class MpiInbox:
 
     def close(self) -> None:
         """Cancel the receives that no message will ever match."""
-        for request in (*self._heads, *self._bodies):
+        for request in (*self._heads, *chain(*self._bodies)):
             if request not in self._used:
                 request.Cancel()
                 request.Wait()
@@ -135,7 +156,7 @@ class _Sending:
     """A slot of an outbox and its requests."""
 
     def __init__(self, endpoint: Endpoint, plan: ChannelPlan, index: int, gpu: Gpu | None) -> None:
-        self._data, self._plan, self._index, self._gpu = endpoint.data, plan, index, gpu
+        self._endpoint, self._plan, self._index, self._gpu = endpoint, plan, index, gpu
         self._slot = SendSlot(plan, endpoint.epoch, unused if gpu is None else gpu.empty)
         self._head: MPI.Prequest | None = None
         self._head_bytes = 0  # that it was made for: steps of a form have heads of one size
@@ -157,15 +178,19 @@ class _Sending:
         if slot.head_bytes != self._head_bytes:
             self.free()
             memory = _memory(slot.head, slot.head_bytes)
-            make = self._data.Send_init if self._index else self._data.Ssend_init
+            data = self._endpoint.data
+            make = data.Send_init if self._index else data.Ssend_init
             self._head = cast(MPI.Prequest, make(memory, plan.destination, plan.tag))
             self._head_bytes = slot.head_bytes
         assert self._head is not None
         self._head.Start()
         self._requests.append(self._head)
         if slot.body is not None:
-            tag = _body_tag(plan, self._index if slot.body_bytes <= plan.body_bytes else plan.depth)
-            self._requests.append(self._data.Isend(_memory(slot.body, slot.body_bytes), plan.destination, tag))
+            index = self._index if slot.body_bytes <= plan.body_bytes else plan.depth
+            for piece, (start, size) in enumerate(_pieces(self._endpoint, plan, slot.body_bytes)):
+                tag = _body_tag(plan, index, piece)
+                memory = _memory(slot.body, size, start)
+                self._requests.append(self._endpoint.data.Isend(memory, plan.destination, tag))
         self.started_s = time.perf_counter()
         return True
 

@@ -72,6 +72,7 @@ class Endpoint:
         self.serving: Callable[[], AbstractContextManager[Any]] = nullcontext  # accounts for the time of handlers
         self.control_bytes_sent = 0
         self.control_bytes_received = 0
+        self.neighbours = frozenset(range(self.size))  # ranks of this node; to be set once they are known
         self.shares_cores = True  # whether ranks outnumber cores; to be set once that is known
         self.epoch: int = self.broadcast(int.from_bytes(os.urandom(4)) >> 1)  # tells this run's messages from others
 
