@@ -1,4 +1,5 @@
-"""Latency and bandwidth of ways to send: in turn, round after round, so that all of them meet the same moments."""
+"""Latency and bandwidth of ways to send: in turn, round after round, so that all of them meet the same moments, and
+each of them comes after each other one."""
 
 import time
 from collections.abc import Mapping
@@ -8,7 +9,7 @@ from typing import Any
 from mpinfer.bench.ways import MESSAGES, Way
 from mpinfer.transport.endpoint import Endpoint
 
-_MOST_REPEATS, _BYTES_A_ROUND = 100, 2**21  # of one size and way: a round takes milliseconds on a fast link
+_MOST_REPEATS, _BURSTS_S = 100, 0.03  # of one size and way, a round: enough for what the way before it left in caches
 _WORD_TAG = 3
 
 
@@ -19,11 +20,12 @@ def compare(endpoint: Endpoint, ways: Mapping[str, Way], size: int, rounds: int)
         way.resize(size)
         for index in range(MESSAGES):  # every buffer's pages are there, and connections are made
             _round_trip_s(endpoint, way, index)
-    repeats = max(1, min(_MOST_REPEATS, _BYTES_A_ROUND // size))
+    burst_s = min(_burst_s(endpoint, ways["raw"]) for _ in range(3))
+    repeats = endpoint.broadcast(max(1, min(_MOST_REPEATS, int(_BURSTS_S / burst_s))))
     latency: dict[str, list[float]] = {name: [] for name in ways}
     bandwidth: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
+    for number in range(rounds):
+        for name, way in _turned(ways, number):
             endpoint.data.Barrier()
             for index in range(MESSAGES):  # untimed: what the way before it left in caches is no fault of this one
                 _round_trip_s(endpoint, way, index)
@@ -70,6 +72,13 @@ def confirm(endpoint: Endpoint) -> None:
         endpoint.data.Recv(word, 1, _WORD_TAG)
     else:
         endpoint.data.Send(word, 0, _WORD_TAG)
+
+
+def _turned(ways: Mapping[str, Way], number: int) -> list[tuple[str, Way]]:
+    """The ways in another order in each round: one that fills caches slows whatever follows it."""
+    order = list(ways.items())
+    step = 1 + number % (len(order) - 1)
+    return [order[step * place % len(order)] for place in range(len(order))]
 
 
 def _of_raw(figures: Mapping[str, list[float]]) -> dict[str, float]:

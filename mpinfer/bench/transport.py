@@ -8,7 +8,7 @@ from mpinfer.errors import ExitCode, LaunchError
 from mpinfer.transport.endpoint import Agreed, agree, library_version
 from mpinfer.world import World, join_world
 
-_SIZES = (*(8**power for power in range(1, 9)), 2**26)  # bytes
+_SIZES = tuple(2**power for power in (3, 6, 10, 13, 15, 18, 20, 21, 24, 26))  # bytes
 _OVERLAP_BYTES = 2**24
 
 

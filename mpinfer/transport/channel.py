@@ -56,12 +56,10 @@ def _body_tag(plan: ChannelPlan, slot: int, piece: int = 0) -> int:
     return plan.tag + TAGS * (1 + slot + piece * (1 + plan.depth))
 
 
-def _pieces(endpoint: Endpoint, plan: ChannelPlan, body_bytes: int) -> list[tuple[int, int]]:
-    """Where each piece of a body starts, and its size; alike at both ends. A body beyond the plan is in one."""
+def _piece_bytes(endpoint: Endpoint, plan: ChannelPlan) -> int:
+    """Of bodies within the plan, all but the last piece of each."""
     near = endpoint.neighbours.issuperset((plan.source, plan.destination))
-    if near or not body_bytes <= plan.body_bytes <= _MOST_PIECES * _PIECE_BYTES:
-        return [(0, body_bytes)] if body_bytes else []
-    return [(start, min(_PIECE_BYTES, body_bytes - start)) for start in range(0, body_bytes, _PIECE_BYTES)]
+    return plan.body_bytes if near or plan.body_bytes > _MOST_PIECES * _PIECE_BYTES else _PIECE_BYTES
 
 
 class MpiInbox:
@@ -75,11 +73,13 @@ class MpiInbox:
         self._empty = unused if gpu is None else gpu.empty
         self._slots = [ReceiveSlot(plan, endpoint.epoch, self._empty) for _ in range(plan.depth)]
         self._heads = [data.Recv_init(_memory(s.head, plan.head_bytes), plan.source, plan.tag) for s in self._slots]
-        pieces = list(enumerate(_pieces(endpoint, plan, plan.body_bytes)))
+        self._piece_bytes = _piece_bytes(endpoint, plan)
+        starts = range(0, plan.body_bytes, self._piece_bytes or 1)
+        sizes = [min(self._piece_bytes, plan.body_bytes - start) for start in starts]
         self._bodies = [
             [
                 data.Recv_init(_memory(s.body, size, start), plan.source, _body_tag(plan, n, piece))
-                for piece, (start, size) in pieces
+                for piece, (start, size) in enumerate(zip(starts, sizes, strict=True))
             ]
             for n, s in enumerate(self._slots)
         ]
@@ -107,7 +107,7 @@ class MpiInbox:
             request = self._endpoint.data.Irecv(_memory(beyond, body_bytes), self._plan.source, tag)
             slot.check_body(self._complete(request), self._number)
         elif body_bytes:
-            pieces = self._bodies[index][: len(_pieces(self._endpoint, self._plan, body_bytes))]
+            pieces = self._bodies[index][: -(-body_bytes // self._piece_bytes)]
             self._used += pieces
             slot.check_body(sum(map(self._complete, pieces)), self._number)
         if body_bytes and self._gpu is not None:
@@ -158,6 +158,7 @@ class _Sending:
     def __init__(self, endpoint: Endpoint, plan: ChannelPlan, index: int, gpu: Gpu | None) -> None:
         self._endpoint, self._plan, self._index, self._gpu = endpoint, plan, index, gpu
         self._slot = SendSlot(plan, endpoint.epoch, unused if gpu is None else gpu.empty)
+        self._piece_bytes = _piece_bytes(endpoint, plan)
         self._head: MPI.Prequest | None = None
         self._head_bytes = 0  # that it was made for: steps of a form have heads of one size
         self._requests: list[MPI.Request] = []
@@ -186,10 +187,11 @@ class _Sending:
         self._head.Start()
         self._requests.append(self._head)
         if slot.body is not None:
-            index = self._index if slot.body_bytes <= plan.body_bytes else plan.depth
-            for piece, (start, size) in enumerate(_pieces(self._endpoint, plan, slot.body_bytes)):
+            fits = slot.body_bytes <= plan.body_bytes
+            index, most = (self._index, self._piece_bytes) if fits else (plan.depth, slot.body_bytes)
+            for piece, start in enumerate(range(0, slot.body_bytes, most)):
+                memory = _memory(slot.body, min(most, slot.body_bytes - start), start)
                 tag = _body_tag(plan, index, piece)
-                memory = _memory(slot.body, size, start)
                 self._requests.append(self._endpoint.data.Isend(memory, plan.destination, tag))
         self.started_s = time.perf_counter()
         return True

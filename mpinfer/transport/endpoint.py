@@ -98,14 +98,17 @@ class Endpoint:
         share = _SLEEP_SHARE_SHARING if self.shares_cores else _SLEEP_SHARE
         polls = 1 if self.shares_cores else _POLLS
         started = time.perf_counter()
-        while not any(done() for _ in range(polls)):
+        while True:
+            for _ in range(polls):
+                if done():
+                    self.activity.resume(outer)
+                    return
             self.progress()
             waited_s = time.perf_counter() - started
             if waited_s < spin_s:
                 os.sched_yield()
             else:
                 time.sleep(min(share * waited_s, longest_s))
-        self.activity.resume(outer)
 
     @contextmanager
     def blocking(self, operation: object) -> Iterator[None]:

@@ -113,9 +113,9 @@ class Outbox(Protocol):
         """Wait until everything that was started is complete."""
 
 
-_EPOCH, _TAG, _SEQUENCE, _UNITS, _HEADER, _VALUES, _FIXED = range(7)
-"""Words of every head: the run, the channel, the message's number in it (31 bits), 64-byte units of the head, words of
-the header, values."""
+_SEQUENCE, _EPOCH, _TAG, _UNITS, _HEADER, _VALUES, _FIXED = range(7)
+"""Words of every head: the message's number in its channel (31 bits), the run, the channel, 64-byte units of the head,
+words of the header, values."""
 
 _NUMBER_BITS = 2**31 - 1
 _WORDS_A_VALUE = 3  # kind, then dimensions and sizes, or the two halves of a number
@@ -218,11 +218,12 @@ class SendSlot:
         self._words = self.head[: padded(4 * plan.words)].numpy().view(np.int32)
         self._words[[_EPOCH, _TAG]] = epoch, plan.tag
         self._own_body = empty(plan.body_bytes)
-        self._form: tuple[object, ...] | None = None
+        self._form: list[object] | None = None
 
     def write(self, message: Message, number: int) -> None:
         """Put the message with that number in its channel into the slot. Raises `TransportError` beyond the plan."""
-        form = (len(message.header), *map(_form, message.values))
+        form = [_form(value) for value in message.values]
+        form.append(len(message.header))
         if form != self._form:
             self._lay_out(message)
             self._form = form
@@ -231,9 +232,9 @@ class SendSlot:
         if self._direct and self._fills_its_memory(sole := message.payload):
             self.body = sole
             return
-        for place, item, encoded in self._puts:
+        for place, innermost, put in self._puts:
             value = cast(torch.Tensor, message.values[place])
-            encoded.put(value.permute(_INNERMOST) if item.innermost else value)
+            put(value.permute(_INNERMOST) if innermost else value)
         self.body = self._body
 
     def _lay_out(self, message: Message) -> None:
@@ -263,7 +264,10 @@ class SendSlot:
         self._body = None if not self.body_bytes else self._own_body if fits else self._empty(self.body_bytes)
         encoded = layout.bind(self.head, self._own_body if self._body is None else self._body)
         places = [place for place, value in enumerate(message.values) if not isinstance(value, int)]
-        self._puts = list(zip(places, items, encoded, strict=True))
+        self._puts = [
+            (place, item.innermost, _put(space, cast(torch.Tensor, message.values[place])))
+            for place, item, space in zip(places, items, encoded, strict=True)
+        ]
         # From where it is, if nothing has to be done to it and no padding would follow.
         self._direct = bool(self.body_bytes) and len(message.values) == 1 and self._sendable(message.payload)
 
@@ -287,8 +291,8 @@ class ReceiveSlot:
         self.body = empty(plan.body_bytes + ALIGNMENT_BYTES)
         self._words = self.head[: padded(4 * plan.words)].numpy().view(np.int32)
         self._bytes = self.head.numpy().data
-        self._known: bytes | None = None  # what says how the message lies, of the head that was read last
-        self._end = 0
+        self._known: bytes | None = None  # all but the number, of the head that was read last, and how far it goes
+        self._end = self._head_bytes = self._body_bytes = 0
         self._message: Message | None = None  # in this slot, as the head that was read last has it
 
     def check_head(self, received_bytes: int, number: int) -> int:
@@ -296,7 +300,10 @@ class ReceiveSlot:
 
         Raises `TransportError` when it is not the message with that number, or not whole.
         """
-        epoch, tag, sequence, units, *_ = self._words[:_FIXED].tolist()
+        known = self._bytes[4 * _EPOCH : self._end] == self._known and received_bytes == self._head_bytes
+        if known and self._words.item(_SEQUENCE) == number & _NUMBER_BITS:
+            return self._body_bytes
+        sequence, epoch, tag, units, *_ = self._words[:_FIXED].tolist()
         if received_bytes < 4 * _FIXED or received_bytes != units * ALIGNMENT_BYTES:
             raise _cut_short(self._plan, number, received_bytes, units * ALIGNMENT_BYTES)
         if epoch != self._epoch:
@@ -305,9 +312,9 @@ class ReceiveSlot:
             raise _stale(self._plan, f"a message of stream {tag} came")
         if sequence != number & _NUMBER_BITS:
             raise _stale(self._plan, f"message {sequence} came where message {number} was due")
-        if bytes(self._bytes[4 * _UNITS : self._end]) != self._known:
-            self._lay_out()
-        return self._layout.body_bytes
+        self._lay_out()
+        self._head_bytes, self._body_bytes = received_bytes, self._layout.body_bytes
+        return self._body_bytes
 
     def message(self, body: torch.Tensor | None = None) -> Message:
         """The message of the head that was checked last; `body`: where its body is, if not in the slot."""
@@ -341,7 +348,7 @@ class ReceiveSlot:
         items = [value for value in self._values if isinstance(value, _Item)]
         self._layout = _Layout(items, described, header_words, self._plan.inline_bytes)
         self._end = 4 * (_FIXED + described)
-        self._known = bytes(self._bytes[4 * _UNITS : self._end])
+        self._known = bytes(self._bytes[4 * _EPOCH : self._end])
         self._message = None
 
     def _bind(self, body: torch.Tensor) -> Message:
@@ -358,7 +365,14 @@ class ReceiveSlot:
 
 def _form(value: Value) -> object:
     """What decides how a value lies in a message."""
-    return value if isinstance(value, int) else (value.dtype, value.shape, value.stride())
+    return value if isinstance(value, int) else (value.dtype, value.shape, value.stride(), value.is_cpu)
+
+
+def _put(encoded: Encoded, value: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    """What puts tensors of the same form as this one into a message."""
+    if isinstance(encoded, Plain) and encoded.get().is_cpu and value.is_cpu and value.is_contiguous():
+        return encoded.put_dense
+    return encoded.put
 
 
 def _cut_short(plan: ChannelPlan, number: int, received_bytes: int, expected_bytes: int) -> TransportError:

@@ -13,7 +13,7 @@ def test_every_way_is_measured_at_every_size(mpi: Mpi) -> None:
     assert bench.returncode == 0, bench.stderr
     found = json.loads(bench.stdout)
     assert found["nodes"] == 1
-    assert [size["bytes"] for size in found["sizes"]] == [8, 64, 512, 4096]
+    assert [size["bytes"] for size in found["sizes"]] == [8, 64, 1024]
     for size in found["sizes"]:
         for figure in ("latency_s", "latency_of_raw", "bytes_per_s", "bytes_per_s_of_raw"):
             assert size[figure].keys() == WAYS
