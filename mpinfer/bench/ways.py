@@ -12,11 +12,12 @@ from mpi4py import MPI
 from mpinfer.observe.account import Account
 from mpinfer.pipeline.links import Links
 from mpinfer.spec import TransportSpec
+from mpinfer.transport.channel import MpiInbox
 from mpinfer.transport.codec import padded
 from mpinfer.transport.endpoint import Endpoint
 from mpinfer.transport.message import ChannelPlan, Message
 
-MESSAGES = 4  # on their way at once, at most; the slots of the channel
+MESSAGES = 4  # on their way at once, at most; the depth of the channel
 _CHANNEL_TAG, _TAG = 1, 2
 
 
@@ -52,19 +53,21 @@ class Buffers:
 
 
 class Channel:
-    """MpiOutbox to MpiInbox, with slots for the largest message."""
+    """MpiOutbox to MpiInbox, planned for messages of this size."""
 
     name = "channel"
 
     def __init__(self, endpoint: Endpoint, buffers: Buffers) -> None:
         self._endpoint, self._buffers = endpoint, buffers
-        here, peer = endpoint.rank, 1 - endpoint.rank
-        largest = padded(buffers.sent[0].nbytes)
-        links = Links(endpoint, Account(), TransportSpec())
-        self._inbox = links.inbox(ChannelPlan(peer, here, _CHANNEL_TAG, 1, 1, 1, largest, MESSAGES))
-        self._outbox = links.outbox(ChannelPlan(here, peer, _CHANNEL_TAG, 1, 1, 1, largest, MESSAGES))
+        self._links = Links(endpoint, Account(), TransportSpec())
+        self._inbox: MpiInbox | None = None
 
     def resize(self, size: int) -> None:
+        self.close()
+        self._endpoint.data.Barrier()  # no message meets what the other end has not yet taken back
+        here, peer = self._endpoint.rank, 1 - self._endpoint.rank
+        self._inbox = self._links.inbox(ChannelPlan(peer, here, _CHANNEL_TAG, 1, 1, 1, padded(size), MESSAGES))
+        self._outbox = self._links.outbox(ChannelPlan(here, peer, _CHANNEL_TAG, 1, 1, 1, padded(size), MESSAGES))
         header = np.zeros(1, dtype=np.int32)
         self._messages = [Message(header, (torch.from_numpy(buffer[:size]),)) for buffer in self._buffers.sent]
 
@@ -78,12 +81,15 @@ class Channel:
         """A channel waits for a slot when it needs one, and not before."""
 
     def receive(self, indices: Sequence[int]) -> None:
+        assert self._inbox is not None
         for index in indices:
             self._inbox.take(index)
 
     def close(self) -> None:
-        self._outbox.drain()
-        self._inbox.close()
+        if self._inbox is not None:
+            self._outbox.drain()
+            self._endpoint.detach(self._outbox)
+            self._inbox.close()
 
 
 class Raw:

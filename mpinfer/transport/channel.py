@@ -52,8 +52,8 @@ def _memory(tensor: torch.Tensor, size_bytes: int, start: int = 0) -> list[objec
 
 
 def _body_tag(plan: ChannelPlan, slot: int, piece: int = 0) -> int:
-    """Of a piece of bodies into that slot; of those that fit none, `slot` is the depth."""
-    return plan.tag + TAGS * (1 + slot + piece * (1 + plan.depth))
+    """Of a piece of bodies into that slot; of those that fit none, `slot` is their number."""
+    return plan.tag + TAGS * (1 + slot + piece * (1 + plan.slots))
 
 
 def _piece_bytes(endpoint: Endpoint, plan: ChannelPlan) -> int:
@@ -71,7 +71,7 @@ class MpiInbox:
         self._endpoint, self._plan, self._waiting, self._note, self._gpu = endpoint, plan, waiting, note, gpu
         data = endpoint.data
         self._empty = unused if gpu is None else gpu.empty
-        self._slots = [ReceiveSlot(plan, endpoint.epoch, self._empty) for _ in range(plan.depth)]
+        self._slots = [ReceiveSlot(plan, endpoint.epoch, self._empty) for _ in range(plan.slots)]
         self._heads = [data.Recv_init(_memory(s.head, plan.head_bytes), plan.source, plan.tag) for s in self._slots]
         self._piece_bytes = _piece_bytes(endpoint, plan)
         starts = range(0, plan.body_bytes, self._piece_bytes or 1)
@@ -96,27 +96,32 @@ class MpiInbox:
         Raises `TransportError` when what comes is not the next message, not whole, or longer than planned.
         """
         self._give_back()
-        index = self._number % self._plan.depth
+        index = self._number % len(self._slots)
         slot = self._slots[index]
         self._used.append(self._heads[index])
         body_bytes = slot.check_head(self._complete(self._heads[index]), self._number)
-        beyond = None
+        body = self._take_body(index, body_bytes) if body_bytes else None
+        self._note(self._number)
+        self._number += 1
+        return slot.message(body)
+
+    def _take_body(self, index: int, body_bytes: int) -> torch.Tensor | None:
+        """Wait for the body; returns where it is, if not in the slot."""
+        slot, beyond = self._slots[index], None
         if body_bytes > self._plan.body_bytes:
             beyond = self._empty(body_bytes)
-            tag = _body_tag(self._plan, self._plan.depth)
+            tag = _body_tag(self._plan, len(self._slots))
             request = self._endpoint.data.Irecv(_memory(beyond, body_bytes), self._plan.source, tag)
             slot.check_body(self._complete(request), self._number)
-        elif body_bytes:
+        else:
             pieces = self._bodies[index][: -(-body_bytes // self._piece_bytes)]
             self._used += pieces
             slot.check_body(sum(map(self._complete, pieces)), self._number)
-        if body_bytes and self._gpu is not None:
+        if self._gpu is not None:
             received = (slot.body if beyond is None else beyond)[:body_bytes]
             beyond, copied = self._gpu.fetch(received)
             self._fetched = copied, received
-        self._note(self._number)
-        self._number += 1
-        return slot.message(beyond)
+        return beyond
 
     def close(self) -> None:
         """Cancel the receives that no message will ever match."""
@@ -137,7 +142,7 @@ class MpiInbox:
     def _complete(self, request: MPI.Request) -> int:
         """Wait for a receive; returns its bytes."""
         try:
-            if not request.Test(self._status):
+            if not self._endpoint.spin(lambda: request.Test(self._status)):
                 with self._waiting("receive_wait"):
                     self._endpoint.wait_until(lambda: request.Test(self._status), self._plan)
         except MPI.Exception as error:
@@ -188,7 +193,7 @@ class _Sending:
         self._requests.append(self._head)
         if slot.body is not None:
             fits = slot.body_bytes <= plan.body_bytes
-            index, most = (self._index, self._piece_bytes) if fits else (plan.depth, slot.body_bytes)
+            index, most = (self._index, self._piece_bytes) if fits else (plan.slots, slot.body_bytes)
             for piece, start in enumerate(range(0, slot.body_bytes, most)):
                 memory = _memory(slot.body, min(most, slot.body_bytes - start), start)
                 tag = _body_tag(plan, index, piece)
@@ -224,7 +229,7 @@ class MpiOutbox:
     ) -> None:
         self._endpoint, self._plan, self._waiting, self._note = endpoint, plan, waiting, note
         self._blocking = blocking
-        self._slots = [_Sending(endpoint, plan, index, gpu) for index in range(plan.depth)]
+        self._slots = [_Sending(endpoint, plan, index, gpu) for index in range(plan.slots)]
         self._written: deque[_Sending] = deque()  # in order; on their way once all is there
         self._in_flight: deque[_Sending] = deque()  # after these
         self._number = 0
@@ -235,14 +240,16 @@ class MpiOutbox:
     def start(self, micro_batch: int, message: Message) -> None:
         """Start sending, as soon as a GPU has computed it. Raises `TransportError` when the message has more words than
         planned."""
-        if len(self._written) + len(self._in_flight) == self._plan.depth:
-            self._wait_for(self._plan.depth - 1)
-        slot = self._slots[self._number % self._plan.depth]
+        if len(self._written) + len(self._in_flight) == len(self._slots):
+            self._wait_for(len(self._slots) - 1)
+        slot = self._slots[self._number % len(self._slots)]
         self._note(self._number)
         self.bytes_sent += slot.write(message, self._number)
-        self._written.append(slot)
-        self._start_written()
         self._number += 1
+        if not self._written and slot.start():
+            self._in_flight.append(slot)
+        else:
+            self._written.append(slot)
         if self._blocking:
             self._wait_for(0)
 

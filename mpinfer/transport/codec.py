@@ -49,6 +49,7 @@ class Plain:
 
     def __init__(self, space: torch.Tensor, dtype: torch.dtype, shape: Shape) -> None:
         self._view = _view(space, 0, dtype, shape)
+        self._address, self._size_bytes = self._view.data_ptr(), self._view.nbytes
 
     @staticmethod
     def size_bytes(dtype: torch.dtype, shape: Shape) -> int:
@@ -59,7 +60,7 @@ class Plain:
 
     def put_dense(self, value: torch.Tensor) -> None:
         """As `put` does, of numbers in their order in memory on the host, in half of the time that torch takes."""
-        memmove(self._view.data_ptr(), value.data_ptr(), self._view.nbytes)
+        memmove(self._address, value.data_ptr(), self._size_bytes)
 
     def get(self) -> torch.Tensor:
         return self._view

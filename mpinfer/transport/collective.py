@@ -25,7 +25,6 @@ Way = Callable[[np.ndarray], None]
 _CAPACITY = 1 << 16  # numbers of a slot: two slots of all shards still fit a cache
 _SIZES = (1 << 10, 1 << 13, 1 << 16, 1 << 18)  # that ways are timed with: the largest of its class, and of the rest any
 _REPEATS = 4
-_POLLS = 100  # without making progress, on a core of its own: shards that compute the same hardly wait for each other
 
 
 class ShardGroup:
@@ -117,11 +116,9 @@ class ShardGroup:
         self._wait(comm.Iallreduce(MPI.IN_PLACE, [numbers, MPI.FLOAT]).Test)
 
     def _wait(self, done: Callable[[], bool]) -> None:
-        for _ in range(1 if self._endpoint.shares_cores else _POLLS):
-            if done():
-                return
-        with self._waiting("receive_wait"):
-            self._endpoint.wait_until(done, self._others)
+        if not self._endpoint.spin(done):
+            with self._waiting("receive_wait"):
+                self._endpoint.wait_until(done, self._others)
 
     def _fastest(self, *ways: Way) -> list[Way]:
         """For each size, as timed now: the same on all shards."""

@@ -34,6 +34,7 @@ _SPIN_S, _SPIN_SHARING_S = 1e-3, 50e-6
 _LONGEST_SLEEP_S, _LONGEST_SLEEP_SHARING_S = 0.25e-3, 1e-3
 # Of what has been waited already: a wait costs little and overshoots little, however long it is.
 _SLEEP_SHARE, _SLEEP_SHARE_SHARING = 1 / 64, 1 / 16
+_SPINS = 100  # without looking at anything else
 _POLLS = 16  # of what is waited for, in about the time of one look at everything else
 _COLLECTIVE_SLEEP_S = 10e-3  # start and end of a run, where ranks wait for seconds
 _FORWARD_S = 0.1  # for the launcher to pass on what a rank said last: an abort may overtake it
@@ -86,6 +87,13 @@ class Endpoint:
         for channel in self._channels:
             channel.complete_finished()
         self._serve()
+
+    def spin(self, done: Callable[[], bool]) -> bool:
+        """Whether `done` holds now or, on a core of this rank's own, within some microseconds. For what comes as soon
+        as a message can, or when shards have computed the same: that is over before a wait could be accounted for."""
+        if done():
+            return True
+        return not self.shares_cores and any(done() for _ in range(_SPINS))
 
     def wait_until(self, done: Callable[[], bool], operation: object = "a control message") -> None:
         """Poll `done`, making progress: first giving way to whoever wants the core, then with growing sleeps.

@@ -25,6 +25,8 @@ from mpinfer.transport.codec import ALIGNMENT_BYTES, ENCODINGS, Encoded, Plain, 
 INLINE_BYTES = 2**13
 """Up to here copying tensors into the head costs less than a second message."""
 
+_SMALL_SLOTS = 16
+
 TAGS = 64
 """Tags of channels are below, and above 0, with which clocks are compared; those from here on are of bodies."""
 
@@ -66,7 +68,7 @@ class ChannelPlan:
     values: int
     dimensions: int  # of all values together
     payload_bytes: int  # of all values together, each padded to the alignment
-    depth: int  # slots
+    depth: int  # slots, at least
     wire: Wire = "none"  # how tensors of floats are encoded
 
     def __post_init__(self) -> None:
@@ -75,6 +77,11 @@ class ChannelPlan:
 
     def __str__(self) -> str:
         return f"channel from rank {self.source} to rank {self.destination}, tag {self.tag}"
+
+    @property
+    def slots(self) -> int:
+        """More than asked for where they take little memory: the receiver answers once for all of them."""
+        return self.depth if self.body_bytes else max(self.depth, _SMALL_SLOTS)
 
     @property
     def words(self) -> int:
@@ -218,12 +225,11 @@ class SendSlot:
         self._words = self.head[: padded(4 * plan.words)].numpy().view(np.int32)
         self._words[[_EPOCH, _TAG]] = epoch, plan.tag
         self._own_body = empty(plan.body_bytes)
-        self._form: list[object] | None = None
+        self._form: tuple[object, ...] | None = None
 
     def write(self, message: Message, number: int) -> None:
         """Put the message with that number in its channel into the slot. Raises `TransportError` beyond the plan."""
-        form = [_form(value) for value in message.values]
-        form.append(len(message.header))
+        form = (len(message.header), *map(_form, message.values))
         if form != self._form:
             self._lay_out(message)
             self._form = form
@@ -233,8 +239,8 @@ class SendSlot:
             self.body = sole
             return
         for place, innermost, put in self._puts:
-            value = cast(torch.Tensor, message.values[place])
-            put(value.permute(_INNERMOST) if innermost else value)
+            value = message.values[place]
+            put(value.permute(_INNERMOST) if innermost else value)  # type: ignore[union-attr,arg-type]  # a tensor
         self.body = self._body
 
     def _lay_out(self, message: Message) -> None:

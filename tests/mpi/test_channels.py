@@ -75,7 +75,7 @@ for tag, payload_bytes in ((5, 16 * INLINE_BYTES + 64), (6, 10 * INLINE_BYTES + 
 endpoint.neighbours = frozenset([0, 1])
 
 # A sender that is ahead is stopped by the slots. The receiver begins when told, some time after.
-started, depth, begun, told = 0, 3, time.monotonic(), []
+started, depth, begun, told = 0, 16, time.monotonic(), []
 
 class Later:
     def complete_finished(self):  # at progress points
@@ -86,7 +86,7 @@ class Later:
 if endpoint.rank == 0:
     endpoint.attach(Later())
     ahead = outbox(plan(64, 4, depth))
-    for started in range(50):
+    for started in range(99):
         ahead.start(0, Message(header(started)))
     endpoint.wait_until(lambda: bool(told))
     ahead.drain()
@@ -97,7 +97,7 @@ else:
     endpoint.on("go", lambda source, body: heard.append(source))
     behind = inbox(plan(64, 4, depth))
     endpoint.wait_until(lambda: bool(heard))
-    for number in range(50):
+    for number in range(99):
         assert behind.take(0).header.tolist() == [number]
     behind.close()
 
