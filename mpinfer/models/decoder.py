@@ -23,7 +23,7 @@ from mpinfer.models.checkpoint import Checkpoint
 from mpinfer.models.fake import fake_sources
 from mpinfer.models.fused import FusedLinear, FusedMember, concatenated, find_group
 from mpinfer.models.kernels import Kernels, find_kernels
-from mpinfer.models.layer import CompiledLayer
+from mpinfer.models.layer import CompiledLayer, ShardSums
 from mpinfer.models.linear import LayerTuner, packed_bytes
 from mpinfer.models.meta import parameters_on_meta
 from mpinfer.models.quick import quicken
@@ -179,8 +179,10 @@ class DecoderSkeleton:
             sampling = own_layers[-1] if last and own_layers else None
             replaced, compiled = quicken(self.model, kernels, own_layers, last=sampling)
             tuner.used.update(replaced)
-        for whole in compiled:
-            whole.reduce = None if shard is None else shard.reduce
+        if shard is not None:
+            sums = None if shard.memory is None else ShardSums(shard.memory)
+            for whole in compiled:
+                whole.reduce, whole.sums = shard.reduce, sums
         for path, join in joints.items():  # around what the tuner made of them
             self.model.set_submodule(path, join(self.model.get_submodule(path)))
         self.model.to(device)  # the buffers that are computed, not loaded

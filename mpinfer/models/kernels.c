@@ -695,13 +695,45 @@ void layer_end(const struct layer *l, i64 tokens, float *residual, float *added)
     add(residual, added, tokens * hidden);
 }
 
-/* All of it. */
-void decoder_layer(const struct layer *l, const struct step *s, const struct step *late, const i64 *kept,
-                   const float *cosines, const float *sines, float *keys, float *values, i64 capacity, const float *x,
-                   float *residual, float *added, float *scratch)
+/* Where the shards of a layer sum up, as transport/shared_memory.py has it laid out. */
+struct sums {
+    i64 shards, place, most, spins;
+    i64 *state;           /* the turn, what this shard has said, and the numbers it has summed here */
+    i64 *const *counters; /* what each shard has said */
+    float *const *slots;  /* of each shard in the first turn, then in the second */
+    int (*wait)(void);    /* until all have said as much as this one; not 0 if that failed */
+};
+
+/* The sum over the shards in the place of each one's values, at most `most`; in order, so that all get the same. */
+int sum_shards(const struct sums *s, float *values, i64 n)
 {
-    i64 tokens = late ? late->tokens : s->tokens;
+    i64 turn = s->state[0] = 1 - s->state[0], said = s->state[1] += 1;
+    float *const *slots = s->slots + turn * s->shards;
+    memcpy(slots[s->place], values, n * sizeof(float));
+    __atomic_store_n(s->counters[s->place], said, __ATOMIC_RELEASE);
+    for (i64 shard = 0; shard < s->shards; shard++)
+        for (i64 spins = s->spins; __atomic_load_n(s->counters[shard], __ATOMIC_ACQUIRE) < said; spins--)
+            if (spins <= 0 && s->wait())
+                return 1;
+    memcpy(values, slots[0], n * sizeof(float));
+    for (i64 shard = 1; shard < s->shards; shard++)
+        add(values, slots[shard], n);
+    s->state[2] += n;
+    return 0;
+}
+
+/* All of it; of a shard with `sums`. Not 0 if those failed. */
+int decoder_layer(const struct layer *l, const struct step *s, const struct step *late, const i64 *kept,
+                  const float *cosines, const float *sines, float *keys, float *values, i64 capacity, const float *x,
+                  float *residual, float *added, float *scratch, const struct sums *sums)
+{
+    i64 tokens = late ? late->tokens : s->tokens, n = tokens * l->output.outputs;
     layer_attention(l, s, late, kept, cosines, sines, keys, values, capacity, x, residual, added, scratch);
+    if (sums && sum_shards(sums, added, n))
+        return 1;
     layer_mlp(l, tokens, residual, added, scratch);
+    if (sums && sum_shards(sums, added, n))
+        return 1;
     layer_end(l, tokens, residual, added);
+    return 0;
 }

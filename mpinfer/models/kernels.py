@@ -42,10 +42,11 @@ _SIGNATURES = {
     "linear": [*[_POINTER] * 4, *[_INT] * 3],
     "linear_int8": [*[_POINTER] * 7, *[_INT] * 3],
     "quantize": [*[_POINTER] * 3, *[_INT] * 4],
-    "decoder_layer": [*[_POINTER] * 8, _INT, *[_POINTER] * 4],
+    "decoder_layer": [*[_POINTER] * 8, _INT, *[_POINTER] * 5],
     "layer_attention": [*[_POINTER] * 8, _INT, *[_POINTER] * 4],
     "layer_mlp": [_POINTER, _INT, *[_POINTER] * 3],
     "layer_end": [_POINTER, _INT, *[_POINTER] * 2],
+    "sum_shards": [_POINTER, _POINTER, _INT],
 }
 
 
@@ -88,6 +89,7 @@ class Kernels:
             function = getattr(library, name)
             function.argtypes, function.restype = signature, None
         library.panel_columns.restype = library.layer_scratch.restype = _INT
+        library.decoder_layer.restype = library.sum_shards.restype = ctypes.c_int
         self.library, self._panel = library, library.panel_columns()
         self.has_int8 = bool(library.has_int8())  # whether this CPU has instructions for it
 

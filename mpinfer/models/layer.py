@@ -7,6 +7,7 @@ the caches each time, pushed out by weights.
 import ctypes
 from collections.abc import Callable
 from ctypes import byref
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from mpinfer.models.kernels import Kernels, Norm, PackedWeights
 from mpinfer.models.linear import CompiledLinear
 from mpinfer.models.quantize import CompiledInt8Linear
+from mpinfer.models.tensor_parallel import SumMemory
 
 Product = CompiledLinear | CompiledInt8Linear
 
@@ -77,6 +79,7 @@ class CompiledLayer:
         self.products = [parts.projections, parts.output, parts.gates, parts.down]
         self._library, self._parts, self._last = kernels.library, parts, last
         self.reduce: Callable[[torch.Tensor], torch.Tensor] | None = None  # sums over the shards of the layer, if any
+        self.sums: ShardSums | None = None  # does so inside the kernel
         query_norm, key_norm = attention.norms or (None, None)
         norms = [parts.before_attention, query_norm, key_norm, parts.after_attention, parts.before_mlp, parts.after_mlp]
         self._layer = _Layer(
@@ -109,8 +112,11 @@ class CompiledLayer:
             keys.shape[2],
             *(tensor.data_ptr() for tensor in (x, y, added, scratch)),
         )
-        if self.reduce is None:
-            self._library.decoder_layer(*arguments)
+        sums = self.sums if self.sums is not None and y.numel() <= self.sums.most else None
+        if self.reduce is None or sums is not None:
+            if self._library.decoder_layer(*arguments, None if sums is None else byref(sums.struct)):
+                assert sums is not None
+                raise sums.failure
             return y
         self._library.layer_attention(*arguments)
         self.reduce(added)
@@ -118,6 +124,44 @@ class CompiledLayer:
         self.reduce(added)
         self._library.layer_end(layer, rows, y.data_ptr(), added.data_ptr())
         return y
+
+
+class ShardSums:
+    """Sums of kernels over the shards of this rank's stage."""
+
+    def __init__(self, memory: SumMemory) -> None:
+        self.most = memory.most
+        self.failure: BaseException = AssertionError("no wait has failed")
+        self._memory = memory
+        shards = len(memory.counters)
+        counters = (ctypes.c_void_p * shards)(*memory.counters)
+        slots = (ctypes.c_void_p * (len(memory.slots) * shards))(*chain(*memory.slots))
+        self._held = counters, slots, _WAIT(self._wait)
+        state = memory.state.ctypes.data
+        self.struct = _Sums(
+            *(shards, memory.place, memory.most, memory.spins, state),
+            *(ctypes.addressof(counters), ctypes.addressof(slots), self._held[2]),
+        )
+
+    def _wait(self) -> int:
+        """For C, which nothing may be raised through; whether it failed."""
+        try:
+            self._memory.wait()
+        except BaseException as failure:
+            self.failure = failure
+            return 1
+        return 0
+
+
+_WAIT = ctypes.CFUNCTYPE(ctypes.c_int)
+
+
+class _Sums(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("shards", "place", "most", "spins")),
+        *((name, ctypes.c_void_p) for name in ("state", "counters", "slots")),
+        ("wait", _WAIT),
+    ]
 
 
 class _Norm(ctypes.Structure):

@@ -9,8 +9,9 @@ divided how; what a plan does not make plain is refused, as a wrong answer is wo
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -38,6 +39,20 @@ class NotShardable(Exception):
     """Why a model cannot be divided."""
 
 
+class SumMemory(Protocol):
+    """Memory that all shards of a stage share: each writes a slot, says so in its counter, and adds up all slots."""
+
+    place: int  # of this shard
+    counters: list[int]  # addresses, by shard
+    slots: list[list[int]]  # addresses, of turns by shard
+    state: np.ndarray  # int64: the turn, what this shard has said, and how many numbers kernels have summed
+    most: int  # numbers of one sum; larger ones may be faster in another way
+    spins: int  # how often to look for the others before `wait`
+
+    def wait(self) -> None:
+        """Until all others have said as much."""
+
+
 @dataclass(frozen=True)
 class Shard:
     """One of the ranks that hold a stage together."""
@@ -45,6 +60,7 @@ class Shard:
     index: int
     count: int
     reduce: Callable[[torch.Tensor], torch.Tensor]  # the sum over all shards, in place
+    memory: SumMemory | None = None  # where kernels may do the same, with small tensors
 
 
 @dataclass(frozen=True)

@@ -43,13 +43,14 @@ class Links:
         them says so; all of them join at the same time, and close their links together."""
         if layout.shards == 1:
             return None, bool
-        self._groups.append(ShardGroup(self._endpoint, layout.stage_ranks(coordinates.stage), self.waiting))
-        return Shard(coordinates.shard, layout.shards, self._groups[-1].all_reduce), self._groups[-1].any
+        group = ShardGroup(self._endpoint, layout.stage_ranks(coordinates.stage), self.waiting)
+        self._groups.append(group)
+        return Shard(coordinates.shard, layout.shards, group.all_reduce, group.memory()), group.any
 
     def restart(self) -> None:
         """Forget what was summed: the loop begins now."""
         for group in self._groups:
-            group.bytes_summed = 0
+            group.restart()
 
     def close(self) -> None:
         """Once no shard has anything left to sum; all of a group call it."""

@@ -7,6 +7,8 @@ is made, and the fastest for a size is taken.
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from time import perf_counter
 from typing import cast
@@ -17,7 +19,7 @@ from mpi4py import MPI
 
 from mpinfer.transport.channel import Waiting
 from mpinfer.transport.endpoint import Endpoint
-from mpinfer.transport.shared_memory import SharedSlots
+from mpinfer.transport.shared_memory import SUMMED, SharedSlots
 
 Way = Callable[[np.ndarray], None]
 """Puts the sum over all shards in the place of this one's numbers, float32 in one dimension."""
@@ -25,6 +27,22 @@ Way = Callable[[np.ndarray], None]
 _CAPACITY = 1 << 16  # numbers of a slot: two slots of all shards still fit a cache
 _SIZES = (1 << 10, 1 << 13, 1 << 16, 1 << 18)  # that ways are timed with: the largest of its class, and of the rest any
 _REPEATS = 4
+_NUMBER_BYTES = 4
+_KERNEL_SPINS = 1000  # some ten microseconds
+_KERNEL_MOST = 1 << 14  # numbers; with more, another way may save what coming here from a kernel costs
+
+
+@dataclass
+class KernelSums:
+    """What `SumMemory` of models/tensor_parallel.py describes."""
+
+    place: int
+    counters: list[int]
+    slots: list[list[int]]
+    state: np.ndarray
+    most: int
+    spins: int
+    wait: Callable[[], None]
 
 
 class ShardGroup:
@@ -39,10 +57,28 @@ class ShardGroup:
             node = _of_this_node(self._comm)
             self._place, self._slots = node.rank, SharedSlots(node, _CAPACITY)
             self._leaders = self._comm.Split(0 if node.rank == 0 else MPI.UNDEFINED)  # first shards of their nodes
-            alone = node.size == self._comm.size
-            ways = (self._all_add, self._share_out) if alone else (self._by_leaders,)
+            self._alone = node.size == self._comm.size
+            ways = (self._all_add, self._share_out) if self._alone else (self._by_leaders,)
             self._ways = self._fastest(*ways, self._by_mpi)
-        self.bytes_summed = 0  # of this shard's tensors; it gets as many back
+        self._bytes_summed = 0
+
+    @property
+    def bytes_summed(self) -> int:
+        """Of this shard's tensors, since the last `restart`; it gets as many back."""
+        return self._bytes_summed + _NUMBER_BYTES * int(self._slots.state[SUMMED])
+
+    def restart(self) -> None:
+        """Forget what was summed."""
+        self._bytes_summed = self._slots.state[SUMMED] = 0
+
+    def memory(self) -> KernelSums | None:
+        """For kernels that sum in this memory themselves; None where shards are on several nodes."""
+        if not self._alone:
+            return None
+        slots = self._slots
+        spins = 0 if self._endpoint.shares_cores else _KERNEL_SPINS
+        wait = partial(self._wait, slots.all_said)
+        return KernelSums(self._place, slots.counters, slots.slots, slots.state, _KERNEL_MOST, spins, wait)
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all shards, in `tensor` itself. All call it in the same order, with equal shapes.
@@ -52,7 +88,7 @@ class ShardGroup:
         values = tensor.to("cpu", torch.float32).contiguous()
         numbers = values.numpy().reshape(-1)
         self._ways[bisect_left(_SIZES, len(numbers), hi=len(_SIZES) - 1)](numbers)
-        self.bytes_summed += numbers.nbytes
+        self._bytes_summed += numbers.nbytes
         return tensor if values is tensor else tensor.copy_(values)
 
     def any(self, flag: bool) -> bool:

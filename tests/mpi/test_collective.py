@@ -8,7 +8,10 @@ from harness import Mpi, mpirun
 PROGRAM = """
 import json, random, time
 from contextlib import nullcontext
+from ctypes import byref
 import numpy as np, torch
+from mpinfer.models.kernels import find_kernels
+from mpinfer.models.layer import ShardSums
 from mpinfer.transport import collective
 from mpinfer.transport.endpoint import Endpoint
 
@@ -21,8 +24,29 @@ def make(count):
     return collective.ShardGroup(endpoint, range(count), lambda phase: nullcontext())
 
 
-def check(group, count, bits=True):
-    ways = [group._by_mpi, *([group._by_leaders] if not bits else [group._all_add, group._share_out])]
+kernels, problem = find_kernels("auto", "cpu", torch.float32)
+assert kernels is not None, problem
+
+
+def in_kernels(group):
+    sums = ShardSums(group.memory())
+
+    def way(numbers):
+        if len(numbers) <= sums.most:
+            assert kernels.library.sum_shards(byref(sums.struct), numbers.ctypes.data, len(numbers)) == 0
+        else:
+            group._all_add(numbers)
+
+    return way
+
+
+def check(group, count, bits=True, own_kernels=False):
+    assert (group.memory() is not None) == bits
+    ways = [group._by_mpi, group._by_leaders]
+    if bits:
+        ways[1:] = [group._all_add, group._share_out, in_kernels(group)]
+    if bits and own_kernels:  # one shard may be in Python while another is in a kernel
+        ways[1] = ways[1] if rank else ways[3]
     both, own = random.Random(count), random.Random(rank)
     for number in range(120):
         size = both.choice([1, 2, 3, 576, both.randrange(1, 3000), 70000 if number % 20 == 0 else 5])
@@ -47,6 +71,12 @@ for count in range(1, endpoint.size + 1):
     if rank < count:
         group = make(count)
         check(group, count)
+        check(group, count, own_kernels=True)
+        before = group.bytes_summed
+        in_kernels(group)(np.ones(10, np.float32))
+        assert group.bytes_summed == before + 40
+        group.restart()
+        assert group.bytes_summed == 0
         group.free()
 collective._of_this_node = lambda comm: comm.Split(comm.rank // 2)  # as if on two nodes
 if rank < 3:

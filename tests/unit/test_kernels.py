@@ -2,12 +2,16 @@
 
 import re
 import subprocess
+from ctypes import byref
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
+from mpinfer.errors import TransportError
 from mpinfer.generate.cache import KVCache, PackedStep
 from mpinfer.generate.scheduler import Segment
 from mpinfer.models import decoder, linear
@@ -15,6 +19,7 @@ from mpinfer.models import kernels as module
 from mpinfer.models.decoder import DecoderPart, DecoderSkeleton
 from mpinfer.models.fused import FusedLinear, FusedMember, concatenated
 from mpinfer.models.kernels import Kernels, find_kernels
+from mpinfer.models.layer import ShardSums
 from mpinfer.models.linear import CompiledLinear
 from mpinfer.models.quantize import CompiledInt8Linear, Int8Linear, hadamard, rotate
 from mpinfer.models.quick import quicken
@@ -273,3 +278,22 @@ def test_a_damaged_library_is_told(fresh, monkeypatch):
 )
 def test_who_does_not_want_them_hears_nothing(choice, device, dtype):
     assert find_kernels(choice, device, dtype) == (None, "")
+
+
+def test_a_failed_wait_for_other_shards_is_told(kernels):
+    slots, counters, state = np.zeros((2, 2, 4), np.float32), np.zeros(2, np.int64), np.zeros(3, np.int64)
+
+    def wait():
+        raise TransportError("rank 1 has died")
+
+    addresses = [[slot.ctypes.data for slot in turn] for turn in slots]
+    own, other = (counters[shard:].ctypes.data for shard in range(2))
+    memory = SimpleNamespace(place=0, counters=[own, other], slots=addresses, state=state, most=4, spins=3, wait=wait)
+    sums, values = ShardSums(memory), np.ones(4, np.float32)
+    assert kernels.library.sum_shards(byref(sums.struct), values.ctypes.data, 4) == 1
+    assert str(sums.failure) == "rank 1 has died"
+    counters[1] = 2  # it has said something in the next turn, too
+    slots[0, 1] = 5
+    assert kernels.library.sum_shards(byref(sums.struct), values.ctypes.data, 4) == 0
+    assert values.tolist() == [6] * 4
+    assert state.tolist() == [0, 2, 4]
