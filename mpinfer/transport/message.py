@@ -25,7 +25,7 @@ from mpinfer.transport.codec import ALIGNMENT_BYTES, ENCODINGS, Encoded, Plain, 
 INLINE_BYTES = 2**13
 """Up to here copying tensors into the head costs less than a second message."""
 
-_SMALL_SLOTS = 16
+_SMALL_SLOTS = 16  # of a channel without bodies: 128 KB
 
 TAGS = 64
 """Tags of channels are below, and above 0, with which clocks are compared; those from here on are of bodies."""
@@ -80,7 +80,7 @@ class ChannelPlan:
 
     @property
     def slots(self) -> int:
-        """More than asked for where they take little memory: the receiver answers once for all of them."""
+        """More than asked for where they take little memory: the receiver answers once in every round of them."""
         return self.depth if self.body_bytes else max(self.depth, _SMALL_SLOTS)
 
     @property
@@ -239,8 +239,8 @@ class SendSlot:
             self.body = sole
             return
         for place, innermost, put in self._puts:
-            value = message.values[place]
-            put(value.permute(_INNERMOST) if innermost else value)  # type: ignore[union-attr,arg-type]  # a tensor
+            value = cast(torch.Tensor, message.values[place])
+            put(value.permute(_INNERMOST) if innermost else value)
         self.body = self._body
 
     def _lay_out(self, message: Message) -> None:
@@ -280,7 +280,7 @@ class SendSlot:
     def _sendable(self, tensor: torch.Tensor) -> bool:
         dense = tensor.is_contiguous() or _is_channels_last(tensor)
         plain = self._layout.items[0].plain and tensor.nbytes == self.body_bytes
-        return plain and dense
+        return plain and dense and not tensor.is_complex()  # which may be yet to be conjugated
 
     def _fills_its_memory(self, tensor: torch.Tensor) -> bool:
         """Whether it is no part of something else, as a slot of an inbox, which may be overwritten; where MPI reads."""
@@ -376,9 +376,10 @@ def _form(value: Value) -> object:
 
 def _put(encoded: Encoded, value: torch.Tensor) -> Callable[[torch.Tensor], None]:
     """What puts tensors of the same form as this one into a message."""
-    if isinstance(encoded, Plain) and encoded.get().is_cpu and value.is_cpu and value.is_contiguous():
-        return encoded.put_dense
-    return encoded.put
+    if not isinstance(encoded, Plain) or not encoded.get().is_cpu or not value.is_cpu:
+        return encoded.put
+    # A complex tensor may be yet to be conjugated.
+    return encoded.put_dense if value.is_contiguous() and not value.is_complex() else encoded.put
 
 
 def _cut_short(plan: ChannelPlan, number: int, received_bytes: int, expected_bytes: int) -> TransportError:

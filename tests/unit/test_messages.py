@@ -107,6 +107,14 @@ def test_a_large_tensor_is_sent_from_where_it_is():
     assert slot.body.untyped_storage().nbytes() == plan.body_bytes
 
 
+@pytest.mark.parametrize("numbers", [8, INLINE_BYTES])
+def test_what_is_yet_to_be_conjugated_is(numbers):
+    conjugated = torch.randn(numbers, dtype=torch.complex64).conj()
+    plan = plan_of(conjugated.nbytes)
+    received = carry(SendSlot(plan, EPOCH), ReceiveSlot(plan, EPOCH), Message(header(1), (conjugated,))).payload
+    assert torch.equal(received, conjugated)
+
+
 def test_a_received_tensor_that_is_passed_on_is_copied():
     """Its slot may be overwritten before it is sent."""
     large = torch.ones(INLINE_BYTES)
