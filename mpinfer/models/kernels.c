@@ -697,14 +697,14 @@ void layer_end(const struct layer *l, i64 tokens, float *residual, float *added)
 
 /* Where the shards of a layer sum up, as transport/shared_memory.py has it laid out. */
 struct sums {
-    i64 shards, place, most, spins;
+    i64 shards, place, spins;
     i64 *state;           /* the turn, what this shard has said, and the numbers it has summed here */
     i64 *const *counters; /* what each shard has said */
     float *const *slots;  /* of each shard in the first turn, then in the second */
     int (*wait)(void);    /* until all have said as much as this one; not 0 if that failed */
 };
 
-/* The sum over the shards in the place of each one's values, at most `most`; in order, so that all get the same. */
+/* The sum over the shards in the place of each one's values, at most those of a slot; in order, so that all get the same. */
 int sum_shards(const struct sums *s, float *values, i64 n)
 {
     i64 turn = s->state[0] = 1 - s->state[0], said = s->state[1] += 1;

@@ -139,7 +139,7 @@ class ShardSums:
         self._held = counters, slots, _WAIT(self._wait)
         state = memory.state.ctypes.data
         self.struct = _Sums(
-            *(shards, memory.place, memory.most, memory.spins, state),
+            *(shards, memory.place, memory.spins, state),
             *(ctypes.addressof(counters), ctypes.addressof(slots), self._held[2]),
         )
 
@@ -158,7 +158,7 @@ _WAIT = ctypes.CFUNCTYPE(ctypes.c_int)
 
 class _Sums(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("shards", "place", "most", "spins")),
+        *((name, ctypes.c_int64) for name in ("shards", "place", "spins")),
         *((name, ctypes.c_void_p) for name in ("state", "counters", "slots")),
         ("wait", _WAIT),
     ]

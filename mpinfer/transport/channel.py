@@ -43,7 +43,7 @@ _UNIT = MPI.BYTE.Create_contiguous(ALIGNMENT_BYTES).Commit()  # MPI counts to 2*
 
 
 _PIECE_BYTES = 2**16 - 2**10  # Open MPI over TCP sends up to 64 KiB at once, its own header included
-_MOST_PIECES = 16  # a body of more takes longer than asking
+_MOST_PIECES = 16  # of the way of a larger body asking is a small part
 
 
 def _memory(tensor: torch.Tensor, size_bytes: int, start: int = 0) -> list[object]:

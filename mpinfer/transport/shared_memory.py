@@ -13,7 +13,8 @@ from mpi4py import MPI
 _LINE_BYTES = 64
 _TURNS = 2  # Who writes in a turn knows that nobody still reads of the last but one: all have said something since.
 
-_TURN, _SAID, SUMMED = range(3)  # of the state
+_TURN, _SAID, SUMMED = range(3)
+"""Of the state: the turn, what this rank has said, and how many numbers kernels have summed."""
 
 
 class SharedSlots:
@@ -31,9 +32,7 @@ class SharedSlots:
         numbers = [np.frombuffer(part[_LINE_BYTES:], np.float32).reshape(_TURNS, capacity) for part in parts]
         self._slots = [[of_rank[turn] for of_rank in numbers] for turn in range(_TURNS)]
         self.slots = [[slot.ctypes.data for slot in of_turn] for of_turn in self._slots]  # addresses
-        self.state = np.zeros(
-            3, np.int64
-        )  # the turn, what this rank has said, and how many numbers kernels have summed
+        self.state = np.zeros(3, np.int64)
         self._own[0] = 0
         self._window.Sync()
         comm.Barrier()

@@ -75,31 +75,38 @@ for tag, payload_bytes in ((5, 16 * INLINE_BYTES + 64), (6, 10 * INLINE_BYTES + 
 endpoint.neighbours = frozenset([0, 1])
 
 # A sender that is ahead is stopped by the slots. The receiver begins when told, some time after.
-started, depth, begun, told = 0, 16, time.monotonic(), []
-
 class Later:
+    def __init__(self):
+        self.begun, self.started, self.told = time.monotonic(), 0, []
+
     def complete_finished(self):  # at progress points
-        if not told and time.monotonic() > begun + 0.2:
-            told.append(started)
+        if not self.told and time.monotonic() > self.begun + 0.2:
+            self.told.append(self.started)
             endpoint.send(1, "go", None)
 
-if endpoint.rank == 0:
-    endpoint.attach(Later())
-    ahead = outbox(plan(64, 4, depth))
-    for started in range(99):
-        ahead.start(0, Message(header(started)))
-    endpoint.wait_until(lambda: bool(told))
-    ahead.drain()
-    assert told[0] <= 2 * depth, told
-    endpoint.flush()
-else:
-    heard = []
-    endpoint.on("go", lambda source, body: heard.append(source))
-    behind = inbox(plan(64, 4, depth))
-    endpoint.wait_until(lambda: bool(heard))
-    for number in range(99):
-        assert behind.take(0).header.tolist() == [number]
-    behind.close()
+heard = []
+endpoint.on("go", lambda source, body: heard.append(source))
+
+def run_ahead(plan, message):
+    if endpoint.rank == 0:
+        endpoint.attach(later := Later())
+        ahead = outbox(plan)
+        for later.started in range(99):
+            ahead.start(0, message(later.started))
+        endpoint.wait_until(lambda: bool(later.told))
+        ahead.drain()
+        assert later.told[0] <= 2 * plan.depth, later.told
+        endpoint.flush()
+    else:
+        heard.clear()
+        behind = inbox(plan)
+        endpoint.wait_until(lambda: bool(heard))
+        for number in range(99):
+            assert behind.take(0).header.tolist() == [number]
+        behind.close()
+
+run_ahead(plan(64, 4, depth=16), lambda number: Message(header(number)))
+run_ahead(plan(4 * INLINE_BYTES, 7, depth=3), lambda number: Message(header(number), (torch.zeros(INLINE_BYTES),)))
 
 try:
     check_progress("library")
