@@ -1,14 +1,15 @@
 """The KV cache of a stage, and attention over it for tokens packed without padding.
 
 A slot holds one sequence: `capacity` tokens of address space per layer, of which only what is written
-becomes resident memory on a CPU. Nothing is copied as a sequence grows.
+becomes resident memory on a CPU. Nothing is copied as a sequence grows. A slot's next sequence finds the
+memory of the last: the kernel takes a microsecond and more for each new page.
 """
 
 import ctypes
 import mmap
-from collections.abc import Sequence
-from itertools import accumulate
-from math import prod
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, chain
+from math import inf, prod
 
 import torch
 from torch.nn import functional
@@ -25,10 +26,14 @@ _SIMILAR = 0.8  # of the longest sequence's length
 
 
 class KVCache:
-    """Keys and values of the layers that this stage holds, for `slots` sequences of up to `capacity` tokens."""
+    """Keys and values of the layers that this stage holds, for `slots` sequences of up to `capacity` tokens. Free slots
+    keep no memory that would make it more than for `tokens`."""
 
-    def __init__(self, slots: int, capacity: int, device: str) -> None:
+    def __init__(self, slots: int, capacity: int, device: str, tokens: float = inf) -> None:
         self.slots, self.capacity, self.device = slots, capacity, device
+        self._tokens = tokens
+        self._resident = [0] * slots  # tokens whose pages a slot has
+        self._free: set[int] = set()  # slots that have some
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def layer(self, index: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,22 +46,37 @@ class KVCache:
             self._layers[index] = (_zeros(shape, dtype, self.device), _zeros(shape, dtype, self.device))
         return self._layers[index]
 
+    def grow(self, segments: Sequence[Segment]) -> None:
+        """Make room for what these will write."""
+        for segment in segments:
+            self._free.discard(segment.slot)
+            self._resident[segment.slot] = max(self._resident[segment.slot], segment.start + segment.length)
+        while self._free and sum(self._resident) > self._tokens:
+            slot = self._free.pop()
+            self._resident[slot] = 0
+            for tensor in self._tensors():
+                _give_back(tensor[slot])
+
     @torch.inference_mode()
     def fill(self, segments: Sequence[Segment]) -> None:
         """Write all that these tokens look at, for whoever times them: what was never written is all the same page of
         zeros, which stays in a CPU's caches."""
-        for layer in self._layers.values():
-            for tensor in layer:
-                for segment in segments:
-                    tensor[segment.slot, :, : segment.start + segment.length] = 0
+        self.grow(segments)
+        for tensor in self._tensors():
+            for segment in segments:
+                tensor[segment.slot, :, : segment.start + segment.length] = 0
 
+    @torch.inference_mode()
     def release(self, slot: int) -> None:
-        """Give the memory of a slot's keys and values back. Its next sequence starts from zeros."""
+        """A slot's sequence has ended. Its next one starts from zeros."""
         if self.device != "cpu":
             return  # there the slots are memory of their own, used or not
-        for layer in self._layers.values():
-            for tensor in layer:
-                _release(tensor[slot])
+        for tensor in self._tensors():
+            tensor[slot, :, : self._resident[slot]] = 0
+        self._free.add(slot)
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        return chain.from_iterable(self._layers.values())
 
 
 class PackedStep:
@@ -246,7 +266,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Ten
     return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
-def _release(tensor: torch.Tensor) -> None:
+def _give_back(tensor: torch.Tensor) -> None:
     """Hand the whole pages of a contiguous part of `_zeros` back to the kernel: they are read as zeros again."""
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     size = (tensor.data_ptr() + tensor.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE

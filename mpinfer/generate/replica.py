@@ -85,7 +85,8 @@ class DecodeRank:
         finishes = self._part.first and shard is None
         on_the_way: Readout = none if finishes else readout
         self._readout: Readout = readout if finishes else none
-        self._cache = cache = KVCache(layout.in_flight * layout.micro_batch, self._max_length, device)
+        slots = layout.in_flight * layout.micro_batch
+        self._cache = cache = KVCache(slots, self._max_length, device, layout.kv_tokens)
         outbox = self._outbox()
         self._inbox = self._first_inbox(skeleton, outbox, needs_logits) if self._part.first else self._activations()
         self._halving = Halving("" if shard is None else "its parts are on several shards")
@@ -94,7 +95,7 @@ class DecodeRank:
 
     def timed_steps(self, least_s: float) -> list[Timed]:
         """A full prefill step and decode steps, timed on this stage for so many seconds each. Also its warm-up; leaves
-        no trace."""
+        the memory of its sequences to those of the run."""
         slots, most = self._layout.micro_batch, self._max_length
         sizes = {-(-slots * quarters // 4) for quarters in range(1, 5)}
         decoding = [decode_segments(rows, _TYPICAL_LENGTH, most) for rows in sizes]

@@ -63,6 +63,7 @@ class DecodeStage:
         segments, released, targets = decode_header(message.header)
         for slot in released:
             self._cache.release(slot)
+        self._cache.grow(segments)
         whole = _Piece(segments, message.payload, targets)
         found = []
         for piece, y in self._halving.run(self._compute, whole, _halves):

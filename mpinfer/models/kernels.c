@@ -208,107 +208,163 @@ void attend_tokens(const float *query, i64 stride, const float *keys, const floa
 #define SIX 6
 typedef float vector __attribute__((vector_size(4 * LANES), aligned(4)));
 
-/* c += a * b, of so many rows and vectors of columns, which stay in registers. */
-INLINE void multiply_tile(const float *a, i64 a_stride, const float *b, i64 b_stride, float *c, i64 c_stride, i64 depth,
-                          const int rows, const int vectors)
+typedef int32_t indices __attribute__((vector_size(4 * LANES)));
+static const indices lane = {0, 1, 2, 3,
+#if LANES > 4
+                             4, 5, 6, 7,
+#endif
+#if LANES > 8
+                             8, 9, 10, 11, 12, 13, 14, 15
+#endif
+};
+
+#define PANEL (LANES * WIDE) /* columns that are computed together */
+
+/* Some rows of x, `width` apart and their inputs `step`, times a piece of a panel, on top of what y has, or of the bias at first; `lines` of what is ahead are on their
+ * way to the cache meanwhile, for each input. */
+INLINE void linear_tile(const float *x, i64 width, i64 step, const float *piece, const float *bias, float *y, i64 y_stride, i64 depth,
+                        const char *ahead, const int rows, const int at_first, const int lines)
 {
     vector sums[SIX][WIDE];
     for (int r = 0; r < rows; r++)
-        for (int v = 0; v < vectors; v++)
-            sums[r][v] = *(const vector *)(c + r * c_stride + v * LANES);
-    for (i64 d = 0; d < depth; d++)
-        for (int v = 0; v < vectors; v++) {
-            vector row = *(const vector *)(b + d * b_stride + v * LANES);
+        for (int v = 0; v < WIDE; v++)
+            sums[r][v] = *(const vector *)(at_first ? bias + v * LANES : y + r * y_stride + v * LANES);
+    for (i64 d = 0; d < depth; d++) {
+        for (int line = 0; line < lines; line++)
+            __builtin_prefetch(ahead + (d * lines + line) * LINE);
+        for (int v = 0; v < WIDE; v++) {
+            vector weights = *(const vector *)(piece + d * PANEL + v * LANES);
             for (int r = 0; r < rows; r++)
-                sums[r][v] += a[r * a_stride + d] * row;
+                sums[r][v] += x[r * width + d * step] * weights;
         }
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < vectors; v++)
-            *(vector *)(c + r * c_stride + v * LANES) = sums[r][v];
-}
-
-/* c [rows, columns] += a [rows, depth] * b [depth, columns] */
-INLINE void multiply(const float *a, i64 a_stride, const float *b, i64 b_stride, float *c, i64 c_stride, i64 rows, i64 depth,
-                     i64 columns)
-{
-    i64 column = 0;
-    for (; column + WIDE * LANES <= columns; column += WIDE * LANES) {
-        i64 r = 0;
-        for (; r + SIX <= rows; r += SIX)
-            multiply_tile(a + r * a_stride, a_stride, b + column, b_stride, c + r * c_stride + column, c_stride, depth, SIX, WIDE);
-        for (; r < rows; r++)
-            multiply_tile(a + r * a_stride, 0, b + column, b_stride, c + r * c_stride + column, 0, depth, 1, WIDE);
     }
-    for (i64 r = 0; r < rows && column < columns; r++)
-        for (i64 d = 0; d < depth; d++)
-#pragma omp simd
-            for (i64 i = column; i < columns; i++)
-                c[r * c_stride + i] += a[r * a_stride + d] * b[d * b_stride + i];
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < WIDE; v++)
+            *(vector *)(y + r * y_stride + v * LANES) = sums[r][v];
 }
 
-#define KEYS 64 /* of a block, which stays in the first cache */
-#define TILE 96 /* rows: tokens times heads that share keys */
+INLINE void linear_rows(const float *x, i64 width, i64 step, const float *piece, const float *bias, float *y, i64 y_stride, i64 depth,
+                        const char *ahead, i64 rows, const int at_first, const int lines)
+{
+    switch (rows) {
+    case 1: linear_tile(x, width, step, piece, bias, y, y_stride, depth, ahead, 1, at_first, lines); break;
+    case 2: linear_tile(x, width, step, piece, bias, y, y_stride, depth, ahead, 2, at_first, lines); break;
+    case 3: linear_tile(x, width, step, piece, bias, y, y_stride, depth, ahead, 3, at_first, lines); break;
+    case 4: linear_tile(x, width, step, piece, bias, y, y_stride, depth, ahead, 4, at_first, lines); break;
+    case 5: linear_tile(x, width, step, piece, bias, y, y_stride, depth, ahead, 5, at_first, lines); break;
+    default: linear_tile(x, width, step, piece, bias, y, y_stride, depth, ahead, SIX, at_first, lines);
+    }
+}
 
-/* Some tokens of a sequence, in a row, and heads that share keys: blocks of keys, with a running maximum. */
+#define KEYS 96 /* of a block: with a panel of queries their scores stay in the first cache */
+
+/* What `rows` of x make of a panel, on top of what y [rows, PANEL] has. */
+INLINE void multiply(const float *x, i64 x_row, i64 x_step, const float *panel, float *y, i64 depth, i64 rows)
+{
+    i64 tiles = (rows + SIX - 1) / SIX;
+    for (i64 tile = 0; tile < tiles; tile++) {
+        i64 row = rows * tile / tiles, count = rows * (tile + 1) / tiles - row;
+        linear_rows(x + row * x_row, x_row, x_step, panel, 0, y + row * PANEL, PANEL, depth, 0, count, 0, 0);
+    }
+}
+
+/* A square of vectors, columns for rows. */
+INLINE void transpose(vector *v)
+{
+    for (int distance = 1; distance < LANES; distance *= 2) {
+        indices upper = (lane & distance) != 0; /* -1 where it is */
+        indices low = lane + (upper & (LANES - distance)), high = lane + (upper & LANES) + (~upper & distance);
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++)
+            if (!(i & distance)) {
+                vector a = v[i], b = v[i + distance];
+                v[i] = __builtin_shuffle(a, b, low), v[i + distance] = __builtin_shuffle(a, b, high);
+            }
+    }
+}
+
+/* to [columns, rows] = from [rows, columns] */
+INLINE void turn(const float *from, float *to, i64 rows, i64 columns)
+{
+    i64 step = rows % LANES || columns % LANES ? 1 : LANES;
+    for (i64 r = 0; r < rows; r += step)
+        for (i64 c = 0; c < columns; c += step) {
+            if (step == 1) {
+                to[c * rows + r] = from[r * columns + c];
+                continue;
+            }
+            vector square[LANES];
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++)
+                square[i] = *(const vector *)(from + (r + i) * columns + c);
+            transpose(square);
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++)
+                *(vector *)(to + (c + i) * rows + r) = square[i];
+        }
+}
+
+/* Some tokens of a sequence, in a row, times heads that share keys, at most a panel of them: blocks of keys, with a running
+ * maximum. Queries lie in columns, so that keys and values are taken as they are. */
 INLINE void attend_tile(const float *query, i64 stride, const float *keys, const float *values, float *output,
                         i64 output_stride, i64 position, i64 tokens, i64 group, i64 size, i64 window, float scaling)
 {
-    i64 rows = tokens * group;
-    float q[rows * size], sums[rows * size], scores[rows * KEYS], columns[size * KEYS], most[rows], total[rows];
-    for (i64 r = 0; r < rows; r++) {
-        const float *from = query + r / group * stride + r % group * size;
+    float rows[PANEL * size], queries[size * PANEL], sums[size * PANEL], scores[KEYS * PANEL], most[PANEL], total[PANEL];
+    int32_t last[PANEL]; /* key that a column looks at */
+    for (i64 c = 0; c < PANEL; c++) {
+        i64 own = c < tokens * group ? c : 0; /* what is left of a panel does the first one's work again */
+        const float *from = query + own / group * stride + own % group * size;
         for (i64 i = 0; i < size; i++)
-            q[r * size + i] = from[i] * scaling, sums[r * size + i] = 0;
-        most[r] = -INFINITY, total[r] = 0;
+            rows[c * size + i] = from[i] * scaling;
+        last[c] = position + own / group, most[c] = -1e30f, total[c] = 0;
     }
+    turn(rows, queries, PANEL, size);
+    memset(sums, 0, sizeof sums);
     i64 end = position + tokens, begin = window && window <= position ? position + 1 - window : 0;
     for (i64 first = begin; first < end; first += KEYS) {
         i64 count = end - first < KEYS ? end - first : KEYS;
-        for (i64 i = 0; i < size; i++) {
-            for (i64 j = 0; j < count; j++)
-                columns[i * KEYS + j] = keys[(first + j) * size + i];
-            for (i64 j = count; j < KEYS; j++)
-                columns[i * KEYS + j] = 0;
+        memset(scores, 0, count * PANEL * sizeof(float));
+        multiply(keys + first * size, size, 1, queries, scores, size, count);
+        if (first + count - 1 > position || (window && first + window < end))
+            for (int32_t j = 0; j < count; j++)
+#pragma omp simd
+                for (i64 c = 0; c < PANEL; c++) {
+                    int32_t back = last[c] - (int32_t)first - j;
+                    scores[j * PANEL + c] = back >= 0 && (!window || back < window) ? scores[j * PANEL + c] : -INFINITY;
+                }
+        float peak[PANEL];
+        memcpy(peak, most, sizeof peak);
+        for (i64 j = 0; j < count; j++)
+#pragma omp simd
+            for (i64 c = 0; c < PANEL; c++)
+                peak[c] = scores[j * PANEL + c] > peak[c] ? scores[j * PANEL + c] : peak[c];
+#pragma omp simd
+        for (i64 c = 0; c < PANEL; c++) {
+            most[c] = exponential(most[c] - peak[c]);
+            total[c] *= most[c];
         }
-        memset(scores, 0, rows * KEYS * sizeof(float));
-        multiply(q, size, columns, KEYS, scores, KEYS, rows, size, KEYS);
-        for (i64 r = 0; r < rows; r++) {
-            float *restrict s = scores + r * KEYS;
-            i64 last = position + r / group, low = window && window <= last ? last + 1 - window - first : 0;
-            i64 high = last - first + 1 < count ? last - first + 1 : count;
-            low = low < 0 ? 0 : low;
-            if (low >= high) { /* it looks at none of these */
-                memset(s, 0, KEYS * sizeof(float));
-                continue;
-            }
-            float peak = most[r], sum = 0;
-#pragma omp simd reduction(max : peak)
-            for (i64 j = low; j < high; j++)
-                peak = s[j] > peak ? s[j] : peak;
-            float rescale = exponential(most[r] - peak);
-#pragma omp simd reduction(+ : sum)
-            for (i64 j = 0; j < KEYS; j++) {
-                float share = j >= low && j < high ? exponential(s[j] - peak) : 0;
-                s[j] = share;
-                sum += share;
-            }
-            most[r] = peak;
-            total[r] = total[r] * rescale + sum;
-            for (i64 i = 0; i < size; i++)
-                sums[r * size + i] *= rescale;
-        }
-        multiply(scores, KEYS, values + first * size, size, sums, size, rows, count, size);
-    }
-    for (i64 r = 0; r < rows; r++)
         for (i64 i = 0; i < size; i++)
-            output[r / group * output_stride + r % group * size + i] = sums[r * size + i] / total[r];
+#pragma omp simd
+            for (i64 c = 0; c < PANEL; c++)
+                sums[i * PANEL + c] *= most[c];
+        for (i64 j = 0; j < count; j++)
+#pragma omp simd
+            for (i64 c = 0; c < PANEL; c++)
+                total[c] += scores[j * PANEL + c] = exponential(scores[j * PANEL + c] - peak[c]);
+        memcpy(most, peak, sizeof most);
+        multiply(values + first * size, 1, size, scores, sums, count, size);
+    }
+    turn(sums, rows, size, PANEL);
+    for (i64 c = 0; c < tokens * group; c++)
+        for (i64 i = 0; i < size; i++)
+            output[c / group * output_stride + c % group * size + i] = rows[c * size + i] / total[c];
 }
 
 /* Tokens of one sequence, the first of which stands at `position`, to themselves and those before them. */
 void attend_chunk(const float *query, i64 stride, const float *keys, const float *values, float *output, i64 position,
                   i64 tokens, i64 heads, i64 kv_heads, i64 size, i64 capacity, i64 window, float scaling)
 {
-    i64 sharing = heads / kv_heads, group = sharing < TILE ? sharing : TILE, step = TILE / group;
+    i64 sharing = heads / kv_heads, group = sharing < PANEL ? sharing : PANEL, step = PANEL / group;
 #pragma omp parallel for collapse(2) schedule(dynamic) if (tokens * heads * size > ALONE)
     for (i64 tile = (tokens - 1) / step; tile >= 0; tile--) /* the longest first */
         for (i64 kv = 0; kv < kv_heads; kv++) {
@@ -326,48 +382,11 @@ void attend_chunk(const float *query, i64 stride, const float *keys, const float
         }
 }
 
-#define PANEL (LANES * WIDE) /* outputs of a linear layer that are computed together */
-#define DEPTH 96             /* inputs: such a piece of a panel stays in the first cache for all rows */
+#define DEPTH 96      /* inputs: such a piece of a panel stays in the first cache for all rows */
 #define LINES (PANEL * 4 / LINE)
 #define MOST_ROWS 512 /* whose sums lie on the stack */
 
 i64 panel_columns(void) { return PANEL; }
-
-/* Some rows of a piece of a panel, on top of what y has, or of the bias at first; `lines` of what is ahead are on their
- * way to the cache meanwhile, for each input. */
-INLINE void linear_tile(const float *x, i64 width, const float *piece, const float *bias, float *y, i64 y_stride, i64 depth,
-                        const char *ahead, const int rows, const int at_first, const int lines)
-{
-    vector sums[SIX][WIDE];
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < WIDE; v++)
-            sums[r][v] = *(const vector *)(at_first ? bias + v * LANES : y + r * y_stride + v * LANES);
-    for (i64 d = 0; d < depth; d++) {
-        for (int line = 0; line < lines; line++)
-            __builtin_prefetch(ahead + (d * lines + line) * LINE);
-        for (int v = 0; v < WIDE; v++) {
-            vector weights = *(const vector *)(piece + d * PANEL + v * LANES);
-            for (int r = 0; r < rows; r++)
-                sums[r][v] += x[r * width + d] * weights;
-        }
-    }
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < WIDE; v++)
-            *(vector *)(y + r * y_stride + v * LANES) = sums[r][v];
-}
-
-INLINE void linear_rows(const float *x, i64 width, const float *piece, const float *bias, float *y, i64 y_stride, i64 depth,
-                        const char *ahead, i64 rows, const int at_first, const int lines)
-{
-    switch (rows) {
-    case 1: linear_tile(x, width, piece, bias, y, y_stride, depth, ahead, 1, at_first, lines); break;
-    case 2: linear_tile(x, width, piece, bias, y, y_stride, depth, ahead, 2, at_first, lines); break;
-    case 3: linear_tile(x, width, piece, bias, y, y_stride, depth, ahead, 3, at_first, lines); break;
-    case 4: linear_tile(x, width, piece, bias, y, y_stride, depth, ahead, 4, at_first, lines); break;
-    case 5: linear_tile(x, width, piece, bias, y, y_stride, depth, ahead, 5, at_first, lines); break;
-    default: linear_tile(x, width, piece, bias, y, y_stride, depth, ahead, SIX, at_first, lines);
-    }
-}
 
 /* All rows of a piece of a panel. The next piece comes from memory in their time, so the first of them do not wait for
  * it: a quarter with each tile, or more where there are fewer. */
@@ -381,11 +400,11 @@ INLINE void linear_piece(const float *x, i64 width, const float *piece, const fl
         const float *from = x + row * width;
         float *to = y + row * y_stride;
         if (tiles >= LINES && tile < LINES)
-            linear_rows(from, width, piece, bias, to, y_stride, depth, ahead + tile * depth * LINE, count, at_first, 1);
+            linear_rows(from, width, 1, piece, bias, to, y_stride, depth, ahead + tile * depth * LINE, count, at_first, 1);
         else if (tiles < LINES && tile == 0)
-            linear_rows(from, width, piece, bias, to, y_stride, depth, ahead, count, at_first, LINES);
+            linear_rows(from, width, 1, piece, bias, to, y_stride, depth, ahead, count, at_first, LINES);
         else
-            linear_rows(from, width, piece, bias, to, y_stride, depth, ahead, count, at_first, 0);
+            linear_rows(from, width, 1, piece, bias, to, y_stride, depth, ahead, count, at_first, 0);
     }
 }
 

@@ -215,27 +215,43 @@ def test_a_cache_takes_memory_only_for_what_is_written():
     assert resident_bytes() - before < 64e6
 
 
-def test_a_released_slot_gives_its_memory_back_and_reads_as_zeros():
-    cache = KVCache(slots=4, capacity=4096, device="cpu")
-    layer = cache.layer(0, 4, 128, torch.float32)  # 8 MiB of keys and as much of values for each slot
+def written(cache, layer, lengths):
+    """A cache whose slots have sequences of ones, that long."""
+    cache.grow([Segment(slot, 0, length, 1) for slot, length in lengths.items()])
     for tensor in layer:
-        tensor.fill_(1)
+        for slot, length in lengths.items():
+            tensor[slot, :, :length] = 1
+
+
+def ones(layer):
+    return [[int(tensor[slot].sum().item() / tensor[slot][:, 0].numel()) for slot in range(4)] for tensor in layer]
+
+
+def test_a_released_slot_reads_as_zeros_and_keeps_its_memory():
+    cache = KVCache(slots=4, capacity=4096, device="cpu", tokens=4 * 4096)
+    layer = cache.layer(0, 4, 128, torch.float32)  # 8 MiB of keys and as much of values for each slot
+    written(cache, layer, dict.fromkeys(range(4), 4096))
     before = resident_bytes()
     cache.release(1)
     cache.release(2)
-    assert before - resident_bytes() > 30e6
-    for tensor in layer:
-        assert [tensor[slot].sum().item() / tensor[slot].numel() for slot in range(4)] == [1, 0, 0, 1]
+    written(cache, layer, {2: 100})
+    assert before - resident_bytes() < 1e6
+    assert ones(layer) == [[4096, 0, 100, 4096]] * 2
 
 
-def test_a_release_spares_the_neighbours_on_the_same_page():
-    cache = KVCache(slots=4, capacity=100, device="cpu")
-    layer = cache.layer(0, 3, 9, torch.float32)  # 2.6 pages a slot
-    for tensor in layer:
-        tensor.fill_(1)
+def test_free_slots_give_memory_back_for_what_others_need():
+    """`tokens` at most have memory. Pages are given back whole: their neighbours are spared."""
+    cache = KVCache(slots=4, capacity=4095, device="cpu", tokens=10_000)
+    layer = cache.layer(0, 3, 133, torch.float32)  # slots do not begin on pages
+    written(cache, layer, {0: 3000, 1: 4000, 2: 3000})
     cache.release(1)
-    for tensor in layer:
-        assert [tensor[slot].min().item() for slot in range(4)] == [1, 0, 1, 1]
+    before = resident_bytes()
+    written(cache, layer, {0: 3001})
+    assert before - resident_bytes() > 0.9 * 2 * 4000 * 3 * 133 * 4
+    assert ones(layer) == [[3001, 0, 3000, 0]] * 2
+    cache.release(2)
+    written(cache, layer, {1: 3999, 2: 1000})  # the memory of 3,000 tokens is kept
+    assert ones(layer) == [[3001, 3999, 1000, 0]] * 2
 
 
 @pytest.mark.parametrize("most", [1, 3, 10])
