@@ -21,21 +21,22 @@ INLINE float dot(const float *restrict a, const float *restrict b, i64 n)
     return sum;
 }
 
-/* To the last digit or two: a power of two, and a polynomial for the rest (Cephes). */
+/* exp(x), of x from -87 to 88: as a power of two, of which the whole part goes into the exponent, and the rest into a
+ * polynomial (minimax, to 1e-7). */
 INLINE float exponential(float x)
 {
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    float n = __builtin_rintf(x * 1.44269504088896341f);
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    union { int32_t i; float f; } power = {((int32_t)n + 127) << 23};
-    return p * power.f;
+    float t = x * 1.44269504088896341f;
+    t = t < -126.0f ? -126.0f : t > 127.0f ? 127.0f : t;
+    float n = __builtin_rintf(t), r = t - n;
+    float p = 1.3276428e-3f;
+    p = p * r + 9.6755410e-3f;
+    p = p * r + 5.5507135e-2f;
+    p = p * r + 2.4022120e-1f;
+    p = p * r + 6.9314694e-1f;
+    p = p * r + 1.0f;
+    union { float f; int32_t i; } power = {p};
+    power.i += (int32_t)n << 23;
+    return power.f;
 }
 
 INLINE void normalize(const float *x, const float *restrict weight, float *y, i64 width, float epsilon)
@@ -206,112 +207,114 @@ void attend_tokens(const float *query, i64 stride, const float *keys, const floa
 #define WIDE 4
 #endif
 #define SIX 6
-typedef float vector __attribute__((vector_size(4 * LANES), aligned(4)));
-
-typedef int32_t indices __attribute__((vector_size(4 * LANES)));
-static const indices lane = {0, 1, 2, 3,
-#if LANES > 4
-                             4, 5, 6, 7,
-#endif
-#if LANES > 8
-                             8, 9, 10, 11, 12, 13, 14, 15
-#endif
-};
-
 #define PANEL (LANES * WIDE) /* columns that are computed together */
+typedef float vector __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t indices __attribute__((vector_size(4 * LANES)));
 
-/* Some rows of x, `width` apart and their inputs `step`, times a piece of a panel, on top of what y has, or of the bias at first; `lines` of what is ahead are on their
- * way to the cache meanwhile, for each input. */
-INLINE void linear_tile(const float *x, i64 width, i64 step, const float *piece, const float *bias, float *y, i64 y_stride, i64 depth,
-                        const char *ahead, const int rows, const int at_first, const int lines)
+/* Some rows of x, `x_row` apart and their inputs `x_step`, times some vectors of a panel's piece, on top of what y has, or
+ * of the bias at first; `lines` of what is ahead are on their way to the cache meanwhile, for each input. */
+INLINE void linear_tile(const float *x, i64 x_row, i64 x_step, const float *piece, const float *bias, float *y, i64 y_row,
+                        i64 depth, const char *ahead, const int rows, const int vectors, const int at_first, const int lines)
 {
     vector sums[SIX][WIDE];
     for (int r = 0; r < rows; r++)
-        for (int v = 0; v < WIDE; v++)
-            sums[r][v] = *(const vector *)(at_first ? bias + v * LANES : y + r * y_stride + v * LANES);
+        for (int v = 0; v < vectors; v++)
+            sums[r][v] = *(const vector *)(at_first ? bias + v * LANES : y + r * y_row + v * LANES);
     for (i64 d = 0; d < depth; d++) {
         for (int line = 0; line < lines; line++)
             __builtin_prefetch(ahead + (d * lines + line) * LINE);
-        for (int v = 0; v < WIDE; v++) {
+        for (int v = 0; v < vectors; v++) {
             vector weights = *(const vector *)(piece + d * PANEL + v * LANES);
             for (int r = 0; r < rows; r++)
-                sums[r][v] += x[r * width + d * step] * weights;
+                sums[r][v] += x[r * x_row + d * x_step] * weights;
         }
     }
     for (int r = 0; r < rows; r++)
-        for (int v = 0; v < WIDE; v++)
-            *(vector *)(y + r * y_stride + v * LANES) = sums[r][v];
+        for (int v = 0; v < vectors; v++)
+            *(vector *)(y + r * y_row + v * LANES) = sums[r][v];
 }
 
-INLINE void linear_rows(const float *x, i64 width, i64 step, const float *piece, const float *bias, float *y, i64 y_stride, i64 depth,
-                        const char *ahead, i64 rows, const int at_first, const int lines)
+INLINE void linear_rows(const float *x, i64 x_row, i64 x_step, const float *piece, const float *bias, float *y, i64 y_row,
+                        i64 depth, const char *ahead, i64 rows, const int vectors, const int at_first, const int lines)
 {
     switch (rows) {
-    case 1: linear_tile(x, width, step, piece, bias, y, y_stride, depth, ahead, 1, at_first, lines); break;
-    case 2: linear_tile(x, width, step, piece, bias, y, y_stride, depth, ahead, 2, at_first, lines); break;
-    case 3: linear_tile(x, width, step, piece, bias, y, y_stride, depth, ahead, 3, at_first, lines); break;
-    case 4: linear_tile(x, width, step, piece, bias, y, y_stride, depth, ahead, 4, at_first, lines); break;
-    case 5: linear_tile(x, width, step, piece, bias, y, y_stride, depth, ahead, 5, at_first, lines); break;
-    default: linear_tile(x, width, step, piece, bias, y, y_stride, depth, ahead, SIX, at_first, lines);
+    case 1: linear_tile(x, x_row, x_step, piece, bias, y, y_row, depth, ahead, 1, vectors, at_first, lines); break;
+    case 2: linear_tile(x, x_row, x_step, piece, bias, y, y_row, depth, ahead, 2, vectors, at_first, lines); break;
+    case 3: linear_tile(x, x_row, x_step, piece, bias, y, y_row, depth, ahead, 3, vectors, at_first, lines); break;
+    case 4: linear_tile(x, x_row, x_step, piece, bias, y, y_row, depth, ahead, 4, vectors, at_first, lines); break;
+    case 5: linear_tile(x, x_row, x_step, piece, bias, y, y_row, depth, ahead, 5, vectors, at_first, lines); break;
+    default: linear_tile(x, x_row, x_step, piece, bias, y, y_row, depth, ahead, SIX, vectors, at_first, lines);
     }
 }
 
-#define KEYS 96 /* of a block: with a panel of queries their scores stay in the first cache */
+static const float zeros[PANEL];
+static const indices lane = {
+    0, 1, 2, 3,
+#if LANES > 4
+    4, 5, 6, 7,
+#endif
+#if LANES > 8
+    8, 9, 10, 11, 12, 13, 14, 15,
+#endif
+};
 
-/* What `rows` of x make of a panel, on top of what y [rows, PANEL] has. */
-INLINE void multiply(const float *x, i64 x_row, i64 x_step, const float *panel, float *y, i64 depth, i64 rows)
+/* What rows of x make of some vectors of a panel, on top of what y [rows, PANEL] has, or nothing at first. */
+INLINE void multiply(const float *x, i64 x_row, i64 x_step, const float *panel, float *y, i64 depth, i64 rows,
+                     const int vectors, const int at_first)
 {
     i64 tiles = (rows + SIX - 1) / SIX;
     for (i64 tile = 0; tile < tiles; tile++) {
         i64 row = rows * tile / tiles, count = rows * (tile + 1) / tiles - row;
-        linear_rows(x + row * x_row, x_row, x_step, panel, 0, y + row * PANEL, PANEL, depth, 0, count, 0, 0);
-    }
-}
-
-/* A square of vectors, columns for rows. */
-INLINE void transpose(vector *v)
-{
-    for (int distance = 1; distance < LANES; distance *= 2) {
-        indices upper = (lane & distance) != 0; /* -1 where it is */
-        indices low = lane + (upper & (LANES - distance)), high = lane + (upper & LANES) + (~upper & distance);
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++)
-            if (!(i & distance)) {
-                vector a = v[i], b = v[i + distance];
-                v[i] = __builtin_shuffle(a, b, low), v[i + distance] = __builtin_shuffle(a, b, high);
-            }
+        const float *from = x + row * x_row;
+        float *to = y + row * PANEL;
+        linear_rows(from, x_row, x_step, panel, zeros, to, PANEL, depth, 0, count, vectors, at_first, 0);
     }
 }
 
 /* to [columns, rows] = from [rows, columns] */
 INLINE void turn(const float *from, float *to, i64 rows, i64 columns)
 {
-    i64 step = rows % LANES || columns % LANES ? 1 : LANES;
-    for (i64 r = 0; r < rows; r += step)
-        for (i64 c = 0; c < columns; c += step) {
-            if (step == 1) {
+    if (rows % LANES || columns % LANES) {
+        for (i64 r = 0; r < rows; r++)
+            for (i64 c = 0; c < columns; c++)
                 to[c * rows + r] = from[r * columns + c];
-                continue;
-            }
+        return;
+    }
+    for (i64 r = 0; r < rows; r += LANES)
+        for (i64 c = 0; c < columns; c += LANES) {
             vector square[LANES];
 #pragma GCC unroll 16
             for (int i = 0; i < LANES; i++)
                 square[i] = *(const vector *)(from + (r + i) * columns + c);
-            transpose(square);
+            for (int bit = 1; bit < LANES; bit *= 2) { /* lanes and rows that differ in it change places */
+                indices set = (lane & bit) != 0; /* -1 where it is */
+                indices low = lane + (set & (LANES - bit)), high = lane + (set & LANES) + (~set & bit);
+#pragma GCC unroll 16
+                for (int i = 0; i < LANES; i++)
+                    if (!(i & bit)) {
+                        vector a = square[i], b = square[i + bit];
+                        square[i] = __builtin_shuffle(a, b, low), square[i + bit] = __builtin_shuffle(a, b, high);
+                    }
+            }
 #pragma GCC unroll 16
             for (int i = 0; i < LANES; i++)
                 *(vector *)(to + (c + i) * rows + r) = square[i];
         }
 }
 
+#define KEYS 96 /* of a block: with a panel of queries their scores stay in the first cache; more than a panel's columns */
+
 /* Some tokens of a sequence, in a row, times heads that share keys, at most a panel of them: blocks of keys, with a running
  * maximum. Queries lie in columns, so that keys and values are taken as they are. */
 INLINE void attend_tile(const float *query, i64 stride, const float *keys, const float *values, float *output,
-                        i64 output_stride, i64 position, i64 tokens, i64 group, i64 size, i64 window, float scaling)
+                        i64 output_stride, i64 position, i64 tokens, i64 group, i64 size, i64 window, float scaling,
+                        const int vectors)
 {
-    float rows[PANEL * size], queries[size * PANEL], sums[size * PANEL], scores[KEYS * PANEL], most[PANEL], total[PANEL];
+    const i64 columns = vectors * LANES;
+    float rows[PANEL * size], queries[size * PANEL], sums[size * PANEL], scores[KEYS * PANEL];
+    float most[PANEL], total[PANEL];
     int32_t last[PANEL]; /* key that a column looks at */
-    for (i64 c = 0; c < PANEL; c++) {
+    for (i64 c = 0; c < columns; c++) {
         i64 own = c < tokens * group ? c : 0; /* what is left of a panel does the first one's work again */
         const float *from = query + own / group * stride + own % group * size;
         for (i64 i = 0; i < size; i++)
@@ -323,36 +326,36 @@ INLINE void attend_tile(const float *query, i64 stride, const float *keys, const
     i64 end = position + tokens, begin = window && window <= position ? position + 1 - window : 0;
     for (i64 first = begin; first < end; first += KEYS) {
         i64 count = end - first < KEYS ? end - first : KEYS;
-        memset(scores, 0, count * PANEL * sizeof(float));
-        multiply(keys + first * size, size, 1, queries, scores, size, count);
+        multiply(keys + first * size, size, 1, queries, scores, size, count, vectors, 1);
         if (first + count - 1 > position || (window && first + window < end))
             for (int32_t j = 0; j < count; j++)
 #pragma omp simd
-                for (i64 c = 0; c < PANEL; c++) {
+                for (i64 c = 0; c < columns; c++) {
                     int32_t back = last[c] - (int32_t)first - j;
-                    scores[j * PANEL + c] = back >= 0 && (!window || back < window) ? scores[j * PANEL + c] : -INFINITY;
+                    float *score = scores + j * PANEL + c;
+                    *score = back >= 0 && (!window || back < window) ? *score : -INFINITY;
                 }
-        float peak[PANEL];
+        float peak[PANEL], rescale[PANEL];
         memcpy(peak, most, sizeof peak);
         for (i64 j = 0; j < count; j++)
 #pragma omp simd
-            for (i64 c = 0; c < PANEL; c++)
+            for (i64 c = 0; c < columns; c++)
                 peak[c] = scores[j * PANEL + c] > peak[c] ? scores[j * PANEL + c] : peak[c];
 #pragma omp simd
-        for (i64 c = 0; c < PANEL; c++) {
-            most[c] = exponential(most[c] - peak[c]);
-            total[c] *= most[c];
+        for (i64 c = 0; c < columns; c++) {
+            rescale[c] = exponential(most[c] - peak[c]);
+            total[c] *= rescale[c];
         }
+        memcpy(most, peak, sizeof most);
         for (i64 i = 0; i < size; i++)
 #pragma omp simd
-            for (i64 c = 0; c < PANEL; c++)
-                sums[i * PANEL + c] *= most[c];
+            for (i64 c = 0; c < columns; c++)
+                sums[i * PANEL + c] *= rescale[c];
         for (i64 j = 0; j < count; j++)
 #pragma omp simd
-            for (i64 c = 0; c < PANEL; c++)
+            for (i64 c = 0; c < columns; c++)
                 total[c] += scores[j * PANEL + c] = exponential(scores[j * PANEL + c] - peak[c]);
-        memcpy(most, peak, sizeof most);
-        multiply(values + first * size, 1, size, scores, sums, count, size);
+        multiply(values + first * size, 1, size, scores, sums, count, size, vectors, 0);
     }
     turn(sums, rows, size, PANEL);
     for (i64 c = 0; c < tokens * group; c++)
@@ -374,10 +377,14 @@ void attend_chunk(const float *query, i64 stride, const float *keys, const float
                 const float *q = query + token * stride + offset, *k = keys + kv * capacity * size;
                 const float *v = values + kv * capacity * size;
                 float *to = output + token * heads * size + offset;
+                i64 at = position + token;
+                int half = count * some <= PANEL / 2; /* of a panel is enough */
+#define ATTEND(size, vectors) attend_tile(q, stride, k, v, to, heads * size, at, count, some, size, window, scaling, vectors)
                 if (size == 64)
-                    attend_tile(q, stride, k, v, to, heads * size, position + token, count, some, 64, window, scaling);
+                    half ? ATTEND(64, WIDE / 2) : ATTEND(64, WIDE);
                 else
-                    attend_tile(q, stride, k, v, to, heads * size, position + token, count, some, size, window, scaling);
+                    half ? ATTEND(size, WIDE / 2) : ATTEND(size, WIDE);
+#undef ATTEND
             }
         }
 }
@@ -398,13 +405,14 @@ INLINE void linear_piece(const float *x, i64 width, const float *piece, const fl
     for (i64 tile = 0; tile < tiles; tile++) {
         i64 row = rows * tile / tiles, count = rows * (tile + 1) / tiles - row;
         const float *from = x + row * width;
+        const char *some = ahead + tile * depth * LINE;
         float *to = y + row * y_stride;
         if (tiles >= LINES && tile < LINES)
-            linear_rows(from, width, 1, piece, bias, to, y_stride, depth, ahead + tile * depth * LINE, count, at_first, 1);
+            linear_rows(from, width, 1, piece, bias, to, y_stride, depth, some, count, WIDE, at_first, 1);
         else if (tiles < LINES && tile == 0)
-            linear_rows(from, width, 1, piece, bias, to, y_stride, depth, ahead, count, at_first, LINES);
+            linear_rows(from, width, 1, piece, bias, to, y_stride, depth, ahead, count, WIDE, at_first, LINES);
         else
-            linear_rows(from, width, 1, piece, bias, to, y_stride, depth, ahead, count, at_first, 0);
+            linear_rows(from, width, 1, piece, bias, to, y_stride, depth, ahead, count, WIDE, at_first, 0);
     }
 }
 
