@@ -305,9 +305,10 @@ def prefill(bench: Bench) -> dict[str, Any]:
             continue
         wall_s = statistics.median(run.wall_s for run in done)
         rates = [LONG_PROMPT * records / run.wall_s for run in done]
-        speeds = [linear / wall_s, limit, (linear + attention) / wall_s]
-        rows.append([system, *spread(rates), *(f"{speed:.1f}" for speed in speeds), f"{linear / wall_s / limit:.0%}"])
-    columns = ["system", "prompt tok/s", "min..max", "GFLOP/s", "limit", "with attn", "of limit"]
+        speeds = linear / wall_s, (linear + attention) / wall_s
+        beside = [text for speed in speeds for text in (f"{speed:.1f}", f"{speed / limit:.0%}")]
+        rows.append([system, *spread(rates), f"{limit:.1f}", *beside])
+    columns = ["system", "prompt tok/s", "min..max", "limit", "GFLOP/s", "of limit", "with attn", "of limit"]
     print_table(f"prefill: {records} prompts of {LONG_PROMPT} tokens, 1 new token", columns, rows)
     print(f"  GFLOP/s: linear layers without the head ({linear:.0f} GFLOP); attention adds {attention:.0f} GFLOP")
     print(f"  limit: the same multiplications alone at {STEP_TOKENS} rows, one process on each core")
