@@ -94,14 +94,19 @@ class DecodeRank:
         self._worker = Worker(self._inbox, self._stage, outbox, self.account)
 
     def timed_steps(self, least_s: float) -> list[Timed]:
-        """A full prefill step and decode steps, timed on this stage for so many seconds each. Also its warm-up; leaves
-        the memory of its sequences to those of the run."""
+        """A full prefill step and decode steps, timed on this stage for so many seconds each. Also its warm-up: slots have
+        memory for typical sequences then."""
         slots, most = self._layout.micro_batch, self._max_length
         sizes = {-(-slots * quarters // 4) for quarters in range(1, 5)}
         decoding = [decode_segments(rows, _TYPICAL_LENGTH, most) for rows in sizes]
         begun = decode_segments(slots // 2, _TYPICAL_LENGTH, most)  # others are decoded in a step that takes prompts in
         prompts = prompt_segments(self._step_tokens - len(begun), range(len(begun), slots), min(_TYPICAL_LENGTH, most))
-        return [self._timed(segments, least_s) for segments in (*decoding, [*begun, *prompts])]
+        timed = [self._timed(segments, least_s) for segments in (*decoding, [*begun, *prompts])]
+        everywhere = decode_segments(self._cache.slots, _TYPICAL_LENGTH, most)
+        self._cache.fill(everywhere)
+        for segment in everywhere:
+            self._cache.release(segment.slot)
+        return timed
 
     def _timed(self, segments: list[Segment], least_s: float) -> Timed:
         tokens, samples = (0,) * sum(s.length for s in segments), sum(s.samples for s in segments)
@@ -117,10 +122,7 @@ class DecodeRank:
 
         run()
         self._cache.fill(segments)
-        timed = Timed(demand(step), steady_s(run, least_s, self._agree))
-        for segment in segments:
-            self._cache.release(segment.slot)
-        return timed
+        return Timed(demand(step), steady_s(run, least_s, self._agree))
 
     def run(self) -> None:
         """The loop, until the stream of steps ends."""
