@@ -76,12 +76,12 @@ class ModelSummary:
 
 def vocabulary_share(vocabulary: int, stage: int, stages: int, shard: int = 0, shards: int = 1) -> range:
     """The tokens whose logits a rank computes: the ends of a pipeline share the vocabulary, or the shards of its last
-    stage do."""
+    stage do. A last stage takes more, since the first one also makes the steps."""
     if shards > 1:
         return split(vocabulary, [1] * shards)[shard] if stage == stages - 1 else range(0)
-    half = vocabulary // 2
+    most = vocabulary * 9 // 16
     if stages == 1:
         return range(vocabulary)
     if stage == stages - 1:
-        return range(half)
-    return range(half, vocabulary) if stage == 0 else range(0)
+        return range(most)
+    return range(most, vocabulary) if stage == 0 else range(0)
