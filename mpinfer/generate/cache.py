@@ -2,7 +2,7 @@
 
 A slot holds one sequence: `capacity` tokens of address space per layer, of which only what is written
 becomes resident memory on a CPU. Nothing is copied as a sequence grows. A slot's next sequence finds the
-memory of the last: the kernel takes a microsecond and more for each new page.
+memory of the last, since the system takes a microsecond and more for every new page.
 """
 
 import ctypes

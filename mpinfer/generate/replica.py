@@ -94,15 +94,16 @@ class DecodeRank:
         self._worker = Worker(self._inbox, self._stage, outbox, self.account)
 
     def timed_steps(self, least_s: float) -> list[Timed]:
-        """A full prefill step and decode steps, timed on this stage for so many seconds each. Also its warm-up: slots have
-        memory for typical sequences then."""
+        """A full prefill step and decode steps, timed on this stage for so many seconds each. Also its warm-up: slots then
+        have memory for typical sequences."""
         slots, most = self._layout.micro_batch, self._max_length
         sizes = {-(-slots * quarters // 4) for quarters in range(1, 5)}
         decoding = [decode_segments(rows, _TYPICAL_LENGTH, most) for rows in sizes]
         begun = decode_segments(slots // 2, _TYPICAL_LENGTH, most)  # others are decoded in a step that takes prompts in
         prompts = prompt_segments(self._step_tokens - len(begun), range(len(begun), slots), min(_TYPICAL_LENGTH, most))
         timed = [self._timed(segments, least_s) for segments in (*decoding, [*begun, *prompts])]
-        everywhere = decode_segments(self._cache.slots, _TYPICAL_LENGTH, most)
+        room = self._layout.kv_tokens // self._cache.slots
+        everywhere = decode_segments(self._cache.slots, min(_TYPICAL_LENGTH, room), most)
         self._cache.fill(everywhere)
         for segment in everywhere:
             self._cache.release(segment.slot)
