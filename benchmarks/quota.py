@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 
-PERIOD_S = 0.008
+PERIOD_S = 0.04
 
 
 def main() -> None:
