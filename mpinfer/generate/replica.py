@@ -94,8 +94,8 @@ class DecodeRank:
         self._worker = Worker(self._inbox, self._stage, outbox, self.account)
 
     def timed_steps(self, least_s: float) -> list[Timed]:
-        """A full prefill step and decode steps, timed on this stage for so many seconds each. Also its warm-up: slots then
-        have memory for typical sequences."""
+        """A full prefill step and decode steps, timed on this stage for so many seconds each. Also its warm-up: slots
+        have memory for typical sequences then."""
         slots, most = self._layout.micro_batch, self._max_length
         sizes = {-(-slots * quarters // 4) for quarters in range(1, 5)}
         decoding = [decode_segments(rows, _TYPICAL_LENGTH, most) for rows in sizes]
