@@ -1,6 +1,7 @@
 """What can be known of a job without MPI and without weights: its model's shape, its work, its plan."""
 
 import json
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -107,6 +108,7 @@ def plan_on(look: FirstLook, machine: Machine) -> tuple[Choice, ModelSummary]:
     if machine.hardware is not None and model.decodes:
         rates = reckoned(model, machine.hardware)
     else:
+        print("mpinfer: timing parts of the model on this machine", file=sys.stderr, flush=True)
         rates, _ = engine.rates([(1.0, engine.measure("cpu", _MEASURING_S))])
     records = len(look.records)
     return make_plan(spec.parallel, model, machine, rates, estimator, records, engine.kv_cache_bytes), model
