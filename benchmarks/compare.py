@@ -236,13 +236,13 @@ def reference(bench: Bench) -> dict[str, Any]:
 def achieved(bench: Bench, runs: dict[str, list[Run]]) -> dict[str, Any]:
     """Rates of the linear layers in the reference runs of mpinfer, beside the machine's limits."""
     done = {system: each for system, each in runs.items() if each[0].timing and not each[-1].error}
-    decode_rows = {system: int(each[0].timing["plan"]["micro_batch"]) for system, each in done.items()}
+    middle = {system: sorted(each, key=lambda run: run.wall_s)[(len(each) - 1) // 2] for system, each in done.items()}
+    decode_rows = {int(run.timing["plan"]["micro_batch"]) for run in middle.values()}
     say("measuring the limits")
-    limits = {rows: gemm_gflop_per_s(bench, rows, head=True) for rows in sorted({*decode_rows.values(), STEP_TOKENS})}
+    limits = {rows: gemm_gflop_per_s(bench, rows, head=True) for rows in sorted({*decode_rows, STEP_TOKENS})}
     gb_per_s = bandwidth_gb_per_s()
     rows = []
-    for system, each in done.items():
-        run = sorted(each, key=lambda run: run.wall_s)[(len(each) - 1) // 2]
+    for system, run in middle.items():
         timing, plan = run.timing, run.timing["plan"]
         tokens = timing["prompt_tokens"] + run.new_tokens - len(run.outputs)  # the last token is not fed back
         gflop = 2e-9 * (bench.layer_weights * tokens + bench.head_weights * run.new_tokens)
