@@ -24,7 +24,7 @@ def load(directory: Path, quantize: str) -> DecoderPart:
 def logits(part: DecoderPart, cache: KVCache, ids: list[int], start: int, every: bool) -> torch.Tensor:
     """Of each of the ids, which stand at `start` in the one sequence, or of the last: [ids or 1, vocabulary]."""
     step = PackedStep(cache, [Segment(0, start, len(ids), len(ids) if every else 1)], part.kernels)
-    return part.logits(part(torch.tensor(ids), step.positions, step)[step.samples])
+    return part.logits(step.sampled(part(torch.tensor(ids), step.positions, step)))
 
 
 def negative_log_likelihood(part: DecoderPart, ids: list[int]) -> float:
