@@ -21,8 +21,8 @@ INLINE float dot(const float *restrict a, const float *restrict b, i64 n)
     return sum;
 }
 
-/* exp(x), of x from -87 to 88: as a power of two, of which the whole part goes into the exponent, and the rest into a
- * polynomial (minimax, to 1e-7). */
+/* exp(x), as a power of two: its whole part goes into the exponent, the rest into a polynomial (minimax, to 1e-7). Of x
+ * below -87 and above 88 it is what those have: 1e-38 for -INFINITY. */
 INLINE float exponential(float x)
 {
     float t = x * 1.44269504088896341f;
