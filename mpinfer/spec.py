@@ -65,7 +65,7 @@ class ModelSpec:
     quantize: Literal["none", "int8"] = rule(
         "none",
         about=(
-            "`int8`: linear layers and embeddings are held in int8 and multiplied in int8, with a scale for each row "
+            "`int8`: linear layers and embeddings are held in int8 and multiplied in int8, with scales for each row "
             "of activations; needs `model.dtype: float32` and a CPU. On x86 without VNNI, activations have 7 bits."
         ),
     )

@@ -41,7 +41,7 @@ _SIGNATURES = {
     "attend_chunk": [_POINTER, _INT, *[_POINTER] * 3, *[_INT] * 7, _FLOAT],
     "linear": [*[_POINTER] * 4, *[_INT] * 3],
     "linear_int8": [*[_POINTER] * 7, *[_INT] * 3],
-    "quantize": [*[_POINTER] * 3, *[_INT] * 4],
+    "quantize": [*[_POINTER] * 4, *[_INT] * 6],
     "decoder_layer": [*[_POINTER] * 8, _INT, *[_POINTER] * 5],
     "layer_attention": [*[_POINTER] * 8, _INT, *[_POINTER] * 4],
     "layer_mlp": [_POINTER, _INT, *[_POINTER] * 3],
@@ -77,7 +77,7 @@ class PackedWeights(ctypes.Structure):
     _fields_ = [
         *(("panels", _POINTER), ("bias", _POINTER)),
         *((name, _INT) for name in ("width", "outputs", "block")),
-        *(("scales", _POINTER), ("compensation", _POINTER)),
+        ("scales", _POINTER),
     ]
 
 
@@ -88,10 +88,10 @@ class Kernels:
         for name, signature in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = signature, None
-        library.panel_columns.restype = library.layer_scratch.restype = _INT
+        library.panel_columns.restype = library.layer_scratch.restype = library.int8_group.restype = _INT
         library.decoder_layer.restype = library.sum_shards.restype = ctypes.c_int
         self.library, self._panel = library, library.panel_columns()
-        self.has_int8 = bool(library.has_int8())  # whether this CPU has instructions for it
+        self.int8_group = library.int8_group()  # inputs that share a scale; 0 where a CPU has no instructions
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
         """`weight * x / sqrt(mean(x * x) + epsilon)` of the last dimension; of the shape of x."""
@@ -181,8 +181,8 @@ class Kernels:
         return packed, self.in_panels(weight.new_zeros(len(weight)) if bias is None else bias).flatten()
 
     def pack_int8(self, codes: torch.Tensor) -> torch.Tensor:
-        """int8 codes [outputs, inputs] as panels [panels, inputs / 4, columns, 4], padded with zeros."""
-        return _arena.copy(self.in_panels(codes).unflatten(2, (-1, 4)).transpose(1, 2))
+        """int8 codes [outputs, inputs] as panels [panels, inputs / 4, columns, 4], padded with zeros; plus 128."""
+        return _arena.copy(self.in_panels(codes).unflatten(2, (-1, 4)).transpose(1, 2).view(torch.uint8) ^ 0x80)
 
     def in_panels(self, rows: torch.Tensor) -> torch.Tensor:
         """As many rows a panel as a kernel computes together, padded with zeros: [panels, rows of a panel, ...]."""
@@ -202,27 +202,37 @@ class Kernels:
 
     def linear_int8(
         self,
-        codes: torch.Tensor,  # uint8 [rows, inputs]
-        steps: torch.Tensor,  # [rows, 1]
+        x: torch.Tensor,  # [rows, inputs]
+        block: int,
         packed: torch.Tensor,  # of `pack_int8`
-        compensation: torch.Tensor,  # int32 [panels * columns]: what a code of zero adds to each output, negative
-        scales: torch.Tensor,  # [panels * columns]
-        bias: torch.Tensor,
+        scales: torch.Tensor,  # [panels * groups of inputs * columns]
+        bias: torch.Tensor,  # [panels * columns]
         outputs: int,
     ) -> torch.Tensor:
-        """`(codes @ weights + compensation) * scales * steps + bias`, float32 [rows, outputs]. Needs `has_int8`."""
+        """The product, [rows, outputs], of weights and x as int8 codes, of which `int8_group` in a row share a scale.
+        Both are multiplied with Hadamard matrices of `block` rows before, the weights by the caller."""
+        codes, steps, sums = self._quantize(x, block, self.int8_group, 127, 0)
         y = steps.new_empty(len(codes), outputs)
-        tensors = (codes, steps, packed, compensation, scales, bias, y)
+        tensors = (codes, steps, sums, packed, scales, bias, y)
         self.library.linear_int8(*(tensor.data_ptr() for tensor in tensors), *codes.shape, outputs)
         return y
 
     def quantize(self, rows: torch.Tensor, block: int, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
         """uint8 codes [rows, width] and float32 steps [rows, 1]: every block of a row, times a Hadamard matrix of that
         size, is about (codes - levels - 1) * step."""
-        rows = rows.contiguous()
-        codes, steps = torch.empty_like(rows, dtype=torch.uint8), rows.new_empty(len(rows), 1)
-        self.library.quantize(rows.data_ptr(), codes.data_ptr(), steps.data_ptr(), *rows.shape, block, levels)
+        codes, steps, _ = self._quantize(rows, block, rows.shape[1], levels, levels + 1)
         return codes, steps
+
+    def _quantize(
+        self, rows: torch.Tensor, block: int, group: int, levels: int, zero: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Codes [rows, width], steps and sums of codes [rows, groups]."""
+        rows = rows.contiguous()
+        codes, steps = torch.empty_like(rows, dtype=torch.uint8), rows.new_empty(len(rows), -(-rows.shape[1] // group))
+        sums = torch.empty_like(steps, dtype=torch.int32)
+        tensors = (rows, codes, steps, sums)
+        self.library.quantize(*(tensor.data_ptr() for tensor in tensors), *rows.shape, block, group, levels, zero)
+        return codes, steps, sums
 
 
 class _Arena:

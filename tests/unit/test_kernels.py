@@ -3,6 +3,7 @@
 import re
 import subprocess
 from ctypes import byref
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +22,7 @@ from mpinfer.models.fused import FusedLinear, FusedMember, concatenated
 from mpinfer.models.kernels import Kernels, find_kernels
 from mpinfer.models.layer import ShardSums
 from mpinfer.models.linear import CompiledLinear
-from mpinfer.models.quantize import CompiledInt8Linear, Int8Linear, hadamard, rotate
+from mpinfer.models.quantize import CompiledInt8Linear, Int8Linear, hadamard, quantize_rows, rotate
 from mpinfer.models.quick import quicken
 
 
@@ -86,15 +87,25 @@ def test_codes_are_those_of_torch(kernels, width):
 @pytest.mark.parametrize("outputs", [64, 24, 200])
 def test_int8_layers_compute_what_torch_does(kernels, inputs, outputs, bias):
     layer = nn.Linear(inputs, outputs, bias).requires_grad_(False)
-    found = [Int8Linear(layer, kernels)]
+    pairs = [(Int8Linear(layer, kernels), Int8Linear(layer))]
     if CompiledInt8Linear.fits(layer, kernels):
-        found.append(CompiledInt8Linear(layer, kernels))
-    assert len(found) == 1 + (kernels.has_int8 and inputs != 7)
+        pairs.append((CompiledInt8Linear(layer, kernels), partial(in_groups, layer, kernels.int8_group)))
+    assert len(pairs) == 1 + (kernels.int8_group > 0 and inputs != 7)
     for rows in (*range(1, 14), 24, 25, 600):
         x = torch.randn(1, rows, inputs) * torch.logspace(-3, 3, rows)[:, None]
-        expected = Int8Linear(layer)(x)
-        for other in found:  # codes may differ by one where sums are rounded in another order
-            torch.testing.assert_close(other(x), expected, rtol=0.01, atol=0.003 * x.abs().amax().item())
+        for found, expected in pairs:  # codes may differ by one where sums are rounded in another order
+            torch.testing.assert_close(found(x), expected(x), rtol=0.01, atol=0.003 * x.abs().amax().item())
+
+
+def in_groups(layer, group, x):
+    """An int8 layer of which so many inputs share a scale, in each row of x and of the weights."""
+    rotation = hadamard(min(64, layer.in_features & -layer.in_features))
+
+    def rounded(rows):
+        codes = map(quantize_rows, rotate(rows, rotation).split(group, dim=1))
+        return torch.cat([own * scales[:, None] for own, scales in codes], dim=1)
+
+    return functional.linear(rounded(x[0]), rounded(layer.weight), layer.bias)[None]
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(9, 3, 64), (4, 4, 128), (40, 2, 80), (120, 1, 20)])
@@ -187,7 +198,7 @@ def test_whole_layers_compute_what_their_modules_do(tmp_path, family, quantize, 
     """Of tokens alone and in chunks, with a window among the layers of Gemma; of a last layer only what is sampled."""
     monkeypatch.setattr(linear, "_seconds", lambda layers, _: dict.fromkeys(layers, 1.0))  # none is faster
     part = load(tmp_path, family, save_random, quantize=quantize)
-    if quantize == "int8" and not part.kernels.has_int8:
+    if quantize == "int8" and not part.kernels.int8_group:
         pytest.skip("this CPU has no int8 instructions for whole layers")
     assert part.used["layer"] == 2
     other = DecoderSkeleton(tmp_path, "float32", quantize=quantize)
