@@ -210,7 +210,8 @@ class Kernels:
         outputs: int,
     ) -> torch.Tensor:
         """The product, [rows, outputs], of weights and x as int8 codes, of which `int8_group` in a row share a scale.
-        Both are multiplied with Hadamard matrices of `block` rows before, the weights by the caller."""
+        Both are multiplied with Hadamard matrices of `block` rows before, the weights by the caller. Needs
+        `int8_group`."""
         codes, steps, sums = self._quantize(x, block, self.int8_group, 127, 0)
         y = steps.new_empty(len(codes), outputs)
         tensors = (codes, steps, sums, packed, scales, bias, y)
