@@ -6,8 +6,8 @@ A rank has 0.42 of a core's speed, the slow one 0.14 (paced.py): four processors
 declared: mpinfer finds the slow rank. There are two ideals for the summed speed: by what a rank alone takes, which also
 pays for smaller batches and for messages, and by what four equal ranks in the same layout take, which pays for nothing
 but the slow rank. An even static split of the records is the slow rank alone with a quarter of them; one of the stages
-is a run whose cluster file calls all ranks equal. There are records enough that one alone is through in much less time
-than all: the slow rank takes 11 s for 64 tokens. Needs Open MPI. Medians of a few rounds.
+is a run whose cluster file calls all ranks equal. Of 96 prompts four took the slow rank 9.6 s, longer than the whole
+run should: so there are more. Needs Open MPI. Medians of a few rounds.
 """
 
 import argparse

@@ -97,6 +97,21 @@ def test_int8_layers_compute_what_torch_does(kernels, inputs, outputs, bias):
             torch.testing.assert_close(found(x), expected(x), rtol=0.01, atol=0.003 * x.abs().amax().item())
 
 
+def test_int8_scales_are_those_of_their_groups(kernels):
+    """Of inputs and weights that differ from group to group, where scales of a whole row, or of others, are far off."""
+    if not kernels.int8_group:
+        pytest.skip("this CPU has no int8 instructions")
+    layer = nn.Linear(1200, 200).requires_grad_(False)
+    layer.weight *= torch.logspace(0, -2, 1200)
+    x = torch.randn(1, 9, 1200) * torch.logspace(-2, 0, 1200)
+
+    def error(y):
+        return ((y - expected).norm(dim=-1) / expected.norm(dim=-1)).max()
+
+    expected = in_groups(layer, kernels.int8_group, x)
+    assert error(CompiledInt8Linear(layer, kernels)(x)) < 0.002 < 0.01 < error(in_groups(layer, 1200, x))
+
+
 def in_groups(layer, group, x):
     """An int8 layer of which so many inputs share a scale, in each row of x and of the weights."""
     rotation = hadamard(min(64, layer.in_features & -layer.in_features))
