@@ -223,11 +223,12 @@ INLINE void linear_tile(const float *x, i64 x_row, i64 x_step, const float *piec
     for (i64 d = 0; d < depth; d++) {
         for (int line = 0; line < lines; line++)
             __builtin_prefetch(ahead + (d * lines + line) * LINE);
-        for (int v = 0; v < vectors; v++) {
-            vector weights = *(const vector *)(piece + d * PANEL + v * LANES);
-            for (int r = 0; r < rows; r++)
-                sums[r][v] += x[r * x_row + d * x_step] * weights;
-        }
+        vector weights[WIDE];
+        for (int v = 0; v < vectors; v++)
+            weights[v] = *(const vector *)(piece + d * PANEL + v * LANES);
+        for (int r = 0; r < rows; r++) /* outside, so that one number of x at a time takes a register */
+            for (int v = 0; v < vectors; v++)
+                sums[r][v] += x[r * x_row + d * x_step] * weights[v];
     }
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < vectors; v++)
