@@ -211,18 +211,18 @@ void attend_tokens(const float *query, i64 stride, const float *keys, const floa
 typedef float vector __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t indices __attribute__((vector_size(4 * LANES)));
 
-/* Some rows of x, `x_row` apart and their inputs `x_step`, times some vectors of a panel's piece, on top of what y has, or
- * of the bias at first; `lines` of what is ahead are on their way to the cache meanwhile, for each input. */
-INLINE void linear_tile(const float *x, i64 x_row, i64 x_step, const float *piece, const float *bias, float *y, i64 y_row,
-                        i64 depth, const char *ahead, const int rows, const int vectors, const int at_first, const int lines)
+/* Some rows of x, `x_row` apart and their inputs `x_step`, times some vectors of a panel's piece, on top of what `base` has;
+ * so many bytes of what is ahead are on their way to the cache meanwhile, for each input. */
+INLINE void linear_tile(const float *x, i64 x_row, i64 x_step, const float *piece, const float *base, i64 base_row, float *y,
+                        i64 y_row, i64 depth, const char *ahead, const int rows, const int vectors, const int fetched)
 {
     vector sums[SIX][WIDE];
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < vectors; v++)
-            sums[r][v] = *(const vector *)(at_first ? bias + v * LANES : y + r * y_row + v * LANES);
+            sums[r][v] = *(const vector *)(base + r * base_row + v * LANES);
     for (i64 d = 0; d < depth; d++) {
-        for (int line = 0; line < lines; line++)
-            __builtin_prefetch(ahead + (d * lines + line) * LINE);
+        for (int byte = 0; byte < fetched; byte += LINE)
+            __builtin_prefetch(ahead + d * fetched + byte);
         vector weights[WIDE];
         for (int v = 0; v < vectors; v++)
             weights[v] = *(const vector *)(piece + d * PANEL + v * LANES);
@@ -235,16 +235,16 @@ INLINE void linear_tile(const float *x, i64 x_row, i64 x_step, const float *piec
             *(vector *)(y + r * y_row + v * LANES) = sums[r][v];
 }
 
-INLINE void linear_rows(const float *x, i64 x_row, i64 x_step, const float *piece, const float *bias, float *y, i64 y_row,
-                        i64 depth, const char *ahead, i64 rows, const int vectors, const int at_first, const int lines)
+INLINE void linear_rows(const float *x, i64 x_row, i64 x_step, const float *piece, const float *base, i64 base_row, float *y,
+                        i64 y_row, i64 depth, const char *ahead, i64 rows, const int vectors, const int fetched)
 {
     switch (rows) {
-    case 1: linear_tile(x, x_row, x_step, piece, bias, y, y_row, depth, ahead, 1, vectors, at_first, lines); break;
-    case 2: linear_tile(x, x_row, x_step, piece, bias, y, y_row, depth, ahead, 2, vectors, at_first, lines); break;
-    case 3: linear_tile(x, x_row, x_step, piece, bias, y, y_row, depth, ahead, 3, vectors, at_first, lines); break;
-    case 4: linear_tile(x, x_row, x_step, piece, bias, y, y_row, depth, ahead, 4, vectors, at_first, lines); break;
-    case 5: linear_tile(x, x_row, x_step, piece, bias, y, y_row, depth, ahead, 5, vectors, at_first, lines); break;
-    default: linear_tile(x, x_row, x_step, piece, bias, y, y_row, depth, ahead, SIX, vectors, at_first, lines);
+    case 1: linear_tile(x, x_row, x_step, piece, base, base_row, y, y_row, depth, ahead, 1, vectors, fetched); break;
+    case 2: linear_tile(x, x_row, x_step, piece, base, base_row, y, y_row, depth, ahead, 2, vectors, fetched); break;
+    case 3: linear_tile(x, x_row, x_step, piece, base, base_row, y, y_row, depth, ahead, 3, vectors, fetched); break;
+    case 4: linear_tile(x, x_row, x_step, piece, base, base_row, y, y_row, depth, ahead, 4, vectors, fetched); break;
+    case 5: linear_tile(x, x_row, x_step, piece, base, base_row, y, y_row, depth, ahead, 5, vectors, fetched); break;
+    default: linear_tile(x, x_row, x_step, piece, base, base_row, y, y_row, depth, ahead, SIX, vectors, fetched);
     }
 }
 
@@ -268,7 +268,10 @@ INLINE void multiply(const float *x, i64 x_row, i64 x_step, const float *panel, 
         i64 row = rows * tile / tiles, count = rows * (tile + 1) / tiles - row;
         const float *from = x + row * x_row;
         float *to = y + row * PANEL;
-        linear_rows(from, x_row, x_step, panel, zeros, to, PANEL, depth, 0, count, vectors, at_first, 0);
+        if (at_first)
+            linear_rows(from, x_row, x_step, panel, zeros, 0, to, PANEL, depth, 0, count, vectors, 0);
+        else
+            linear_rows(from, x_row, x_step, panel, to, PANEL, to, PANEL, depth, 0, count, vectors, 0);
     }
 }
 
@@ -391,29 +394,33 @@ void attend_chunk(const float *query, i64 stride, const float *keys, const float
 }
 
 #define DEPTH 96      /* inputs: such a piece of a panel stays in the first cache for all rows */
-#define LINES (PANEL * 4 / LINE)
+#define FETCH(run) /* a piece's bytes, PANEL * 4 for each input or four codes, in the time of one, two or four tiles */ \
+    if (tiles == 1)                                                                                               \
+        run(PANEL * 4);                                                                                           \
+    else if (tiles < 4 && tile < 2)                                                                               \
+        run(PANEL * 2);                                                                                           \
+    else if (tiles >= 4 && tile < 4)                                                                              \
+        run(PANEL);                                                                                               \
+    else                                                                                                          \
+        run(0);
 #define MOST_ROWS 512 /* whose sums lie on the stack */
 
 i64 panel_columns(void) { return PANEL; }
 
-/* All rows of a piece of a panel. The next piece comes from memory in their time, so the first of them do not wait for
- * it: a quarter with each tile, or more where there are fewer. */
-INLINE void linear_piece(const float *x, i64 width, const float *piece, const float *bias, float *y, i64 y_stride, i64 depth,
-                         i64 rows, const int at_first)
+/* All rows of a piece of a panel, on top of what `base` has. The next piece comes from memory in their time, evenly in that
+ * of the first tiles: of more at once a CPU cannot keep track, and would wait. */
+INLINE void linear_piece(const float *x, i64 width, const float *piece, const float *base, i64 base_row, float *y,
+                         i64 y_row, i64 depth, i64 rows)
 {
     i64 tiles = (rows + SIX - 1) / SIX;
     const char *ahead = (const char *)(piece + depth * PANEL);
     for (i64 tile = 0; tile < tiles; tile++) {
         i64 row = rows * tile / tiles, count = rows * (tile + 1) / tiles - row;
-        const float *from = x + row * width;
-        const char *some = ahead + tile * depth * LINE;
-        float *to = y + row * y_stride;
-        if (tiles >= LINES && tile < LINES)
-            linear_rows(from, width, 1, piece, bias, to, y_stride, depth, some, count, WIDE, at_first, 1);
-        else if (tiles < LINES && tile == 0)
-            linear_rows(from, width, 1, piece, bias, to, y_stride, depth, ahead, count, WIDE, at_first, LINES);
-        else
-            linear_rows(from, width, 1, piece, bias, to, y_stride, depth, ahead, count, WIDE, at_first, 0);
+        const float *from = x + row * width, *under = base + row * base_row;
+        float *to = y + row * y_row;
+#define LINEAR(fetched) linear_rows(from, width, 1, piece, under, base_row, to, y_row, depth, ahead + tile * depth * fetched, count, WIDE, fetched)
+        FETCH(LINEAR)
+#undef LINEAR
     }
 }
 
@@ -430,10 +437,7 @@ void linear(const float *x, const float *panels, const float *bias, float *y, i6
             for (i64 first = 0; first < width; first += DEPTH) {
                 i64 depth = width - first < DEPTH ? width - first : DEPTH, stride = whole ? outputs : PANEL;
                 const float *from = x + start * width + first, *piece = panels + column * width + first * PANEL;
-                if (first)
-                    linear_piece(from, width, piece, bias, to, stride, depth, some, 0);
-                else
-                    linear_piece(from, width, piece, bias + column, to, stride, depth, some, 1);
+                linear_piece(from, width, piece, first ? to : bias + column, first ? stride : 0, to, stride, depth, some);
             }
             for (i64 row = 0; row < some && !whole; row++)
                 memcpy(own + row * outputs, part + row * PANEL, (outputs - column) * sizeof(float));
@@ -473,13 +477,27 @@ INLINE void hadamard(float *x, i64 size)
             }
 }
 
-/* Codes of -levels to levels, plus `zero`, of every row, turned block by block; for each group of so many of a row what
- * a step is worth, and the sum of the codes without `zero`. */
-void quantize(const float *x, uint8_t *codes, float *steps, int32_t *sums, i64 rows, i64 width, i64 block, i64 group,
-              i64 levels, i64 zero)
+/* Inputs of a linear layer whose codes share a step, and weights a scale. With 64 the kernel takes 5 % longer. */
+#define INT8_GROUP 192
+#define ZERO 128 /* of weights, since instructions want one of two factors without a sign */
+
+/* Codes of inputs go from -LEVELS to LEVELS. */
+#if defined(__AVX512VNNI__)
+#define LEVELS 127
+#elif defined(__AVX512BW__) || (defined(__AVX2__) && !defined(__AVX512F__))
+#define LEVELS 63 /* two products are summed in 16 bits */
+#endif
+
+#ifdef LEVELS
+/* As many as linear_int8 expects, or 0 where there are no instructions for int8 that pay. */
+i64 int8_group(void) { return INT8_GROUP; }
+i64 int8_levels(void) { return LEVELS; }
+
+/* Codes of every row, turned block by block; for each group of a row what a step is worth, and the sum of the codes. */
+static void quantize(const float *x, int8_t *codes, float *steps, int32_t *sums, i64 rows, i64 width, i64 block)
 {
     float root = 1.0f / sqrtf(block);
-    i64 groups = (width + group - 1) / group;
+    i64 groups = (width + INT8_GROUP - 1) / INT8_GROUP;
 #pragma omp parallel for if (rows * width > ALONE)
     for (i64 row = 0; row < rows; row++) {
         float turned[width];
@@ -487,135 +505,151 @@ void quantize(const float *x, uint8_t *codes, float *steps, int32_t *sums, i64 r
         for (i64 i = 0; i < width; i += block)
             hadamard(turned + i, block);
         for (i64 g = 0; g < groups; g++) {
-            i64 start = g * group, stop = start + group < width ? start + group : width;
+            i64 start = g * INT8_GROUP, stop = start + INT8_GROUP < width ? start + INT8_GROUP : width;
             float most = 1e-30f;
 #pragma omp simd reduction(max : most)
             for (i64 i = start; i < stop; i++)
                 most = fabsf(turned[i]) > most ? fabsf(turned[i]) : most;
-            float inverse = levels / most;
+            float inverse = LEVELS / most;
             int32_t sum = 0;
 #pragma omp simd reduction(+ : sum)
             for (i64 i = start; i < stop; i++) {
-                int32_t code = (int32_t)__builtin_rintf(turned[i] * inverse);
-                sum += code;
-                codes[row * width + i] = code + (int32_t)zero;
+                int32_t value = (int32_t)__builtin_rintf(turned[i] * inverse);
+                sum += value;
+                codes[row * width + i] = value;
             }
-            steps[row * groups + g] = most * root / levels;
+            steps[row * groups + g] = most * root / LEVELS;
             sums[row * groups + g] = sum;
         }
     }
 }
 
-/* Inputs of a linear layer whose codes share a step, and weights a scale. With 64 the kernel takes 5 % longer. */
-#define INT8_GROUP 192
-
-/* As many as linear_int8 expects, or 0 where there are no instructions for int8 that pay (VNNI). */
-i64 int8_group(void)
+/* sum += x * weights, of four inputs; in assembler, since of intrinsics compilers keep more at hand than registers hold */
+INLINE void int8_add(indices *sum, indices x, indices weights)
 {
-#ifdef __AVX512VNNI__
-    return INT8_GROUP;
+#if LEVELS == 127
+    __asm__("vpdpbusd %1, %2, %0" : "+v"(*sum) : "v"(x), "v"(weights));
 #else
-    return 0;
+    static const int16_t ones[2 * LANES] __attribute__((aligned(4 * LANES))) = {[0 ... 2 * LANES - 1] = 1};
+    indices pairs;
+    __asm__("vpmaddubsw %2, %3, %1\n\tvpmaddwd %4, %1, %1\n\tvpaddd %1, %0, %0"
+            : "+v"(*sum), "=&v"(pairs)
+            : "v"(x), "v"(weights), "m"(ones)); /* which no register is left for */
 #endif
 }
 
-#ifdef __AVX512VNNI__
-#include <immintrin.h>
-#define ZERO 128 /* of weights, whose codes the instructions want without a sign */
-
 /* As linear_tile, of a group's inputs, four at a time; `steps` and `codes_sum` are of rows that have `groups`. */
 INLINE void int8_tile(const int8_t *codes, i64 width, const float *steps, const int32_t *codes_sum, i64 groups,
-                      const uint8_t *piece, const float *scales, float *sums, i64 quads, const char *ahead,
-                      const int rows, const int lines)
+                      const uint8_t *piece, const float *scales, const float *base, i64 base_row, float *y, i64 y_row,
+                      i64 quads, const char *ahead, const int rows, const int fetched)
 {
-    __m512i totals[SIX][WIDE];
+    indices totals[SIX][WIDE];
+#pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
         for (int v = 0; v < WIDE; v++)
-            totals[r][v] = _mm512_set1_epi32(-ZERO * codes_sum[r * groups]);
+            totals[r][v] = (indices){} - ZERO * codes_sum[r * groups];
     for (i64 q = 0; q < quads; q++) {
-        for (int line = 0; line < lines; line++)
-            __builtin_prefetch(ahead + (q * lines + line) * LINE);
-        __m512i weights[WIDE];
+        for (int byte = 0; byte < fetched; byte += LINE)
+            __builtin_prefetch(ahead + q * fetched + byte);
+        indices weights[WIDE];
+#pragma GCC unroll 8
         for (int v = 0; v < WIDE; v++)
-            weights[v] = _mm512_loadu_si512(piece + (q * PANEL + v * LANES) * 4);
+            weights[v] = *(const indices *)(piece + (q * PANEL + v * LANES) * 4);
+#pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
             int32_t four;
             memcpy(&four, codes + r * width + q * 4, 4);
-            __m512i x = _mm512_set1_epi32(four);
-            for (int v = 0; v < WIDE; v++) /* in assembler, since of the intrinsic compilers make copies and spill */
-                __asm__("vpdpbusd %1, %2, %0" : "+v"(totals[r][v]) : "v"(x), "v"(weights[v]));
+            indices x = four - (indices){};
+#pragma GCC unroll 8
+            for (int v = 0; v < WIDE; v++)
+                int8_add(&totals[r][v], x, weights[v]);
         }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
         for (int v = 0; v < WIDE; v++) {
-            float *to = sums + r * PANEL + v * LANES;
-            __m512 factor = _mm512_set1_ps(steps[r * groups]) * _mm512_loadu_ps(scales + v * LANES);
-            _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(totals[r][v]), factor, _mm512_loadu_ps(to)));
+            vector worth = steps[r * groups] * *(const vector *)(scales + v * LANES);
+            *(vector *)(y + r * y_row + v * LANES) = *(const vector *)(base + r * base_row + v * LANES) +
+                                                     __builtin_convertvector(totals[r][v], vector) * worth;
         }
 }
 
 INLINE void int8_rows(const int8_t *codes, i64 width, const float *steps, const int32_t *codes_sum, i64 groups,
-                      const uint8_t *piece, const float *scales, float *sums, i64 quads, const char *ahead, i64 rows,
-                      const int lines)
+                      const uint8_t *piece, const float *scales, const float *base, i64 base_row, float *y, i64 y_row,
+                      i64 quads, const char *ahead, i64 rows, const int fetched)
 {
     switch (rows) {
-    case 1: int8_tile(codes, width, steps, codes_sum, groups, piece, scales, sums, quads, ahead, 1, lines); break;
-    case 2: int8_tile(codes, width, steps, codes_sum, groups, piece, scales, sums, quads, ahead, 2, lines); break;
-    case 3: int8_tile(codes, width, steps, codes_sum, groups, piece, scales, sums, quads, ahead, 3, lines); break;
-    case 4: int8_tile(codes, width, steps, codes_sum, groups, piece, scales, sums, quads, ahead, 4, lines); break;
-    case 5: int8_tile(codes, width, steps, codes_sum, groups, piece, scales, sums, quads, ahead, 5, lines); break;
-    default: int8_tile(codes, width, steps, codes_sum, groups, piece, scales, sums, quads, ahead, SIX, lines);
+    case 1: int8_tile(codes, width, steps, codes_sum, groups, piece, scales, base, base_row, y, y_row, quads, ahead, 1, fetched); break;
+    case 2: int8_tile(codes, width, steps, codes_sum, groups, piece, scales, base, base_row, y, y_row, quads, ahead, 2, fetched); break;
+    case 3: int8_tile(codes, width, steps, codes_sum, groups, piece, scales, base, base_row, y, y_row, quads, ahead, 3, fetched); break;
+    case 4: int8_tile(codes, width, steps, codes_sum, groups, piece, scales, base, base_row, y, y_row, quads, ahead, 4, fetched); break;
+    case 5: int8_tile(codes, width, steps, codes_sum, groups, piece, scales, base, base_row, y, y_row, quads, ahead, 5, fetched); break;
+    default: int8_tile(codes, width, steps, codes_sum, groups, piece, scales, base, base_row, y, y_row, quads, ahead, SIX, fetched);
     }
 }
 
 /* As linear_piece. */
 INLINE void int8_piece(const int8_t *codes, i64 width, const float *steps, const int32_t *codes_sum, i64 groups,
-                       const uint8_t *piece, const float *scales, float *sums, i64 quads, i64 rows)
+                       const uint8_t *piece, const float *scales, const float *base, i64 base_row, float *y, i64 y_row,
+                       i64 quads, i64 rows)
 {
     i64 tiles = (rows + SIX - 1) / SIX;
     const char *ahead = (const char *)piece + quads * PANEL * 4;
     for (i64 tile = 0; tile < tiles; tile++) {
         i64 row = rows * tile / tiles, count = rows * (tile + 1) / tiles - row;
         const int8_t *from = codes + row * width;
-        const float *worth = steps + row * groups;
+        const float *worth = steps + row * groups, *under = base + row * base_row;
         const int32_t *sum = codes_sum + row * groups;
-        float *to = sums + row * PANEL;
-        if (tiles >= LINES && tile < LINES)
-            int8_rows(from, width, worth, sum, groups, piece, scales, to, quads, ahead + tile * quads * LINE, count, 1);
-        else if (tiles < LINES && tile == 0)
-            int8_rows(from, width, worth, sum, groups, piece, scales, to, quads, ahead, count, LINES);
-        else
-            int8_rows(from, width, worth, sum, groups, piece, scales, to, quads, ahead, count, 0);
+        float *to = y + row * y_row;
+#define INT8(fetched) int8_rows(from, width, worth, sum, groups, piece, scales, under, base_row, to, y_row, quads, ahead + tile * quads * fetched, count, fetched)
+        FETCH(INT8)
+#undef INT8
     }
 }
 
-/* y [rows, outputs] = x [rows, width] * weights + bias, of x as `quantize` has it, in groups, and of weights in panels
- * [panels, width / 4, PANEL, 4] of codes plus ZERO, with scales [panels, groups, PANEL]. */
-void linear_int8(const int8_t *codes, const float *steps, const int32_t *codes_sum, const uint8_t *panels,
-                 const float *scales, const float *bias, float *y, i64 rows, i64 width, i64 outputs)
+/* Floats that a token takes while it is quantized. */
+i64 int8_scratch(i64 width) { return (width + 3) / 4 + 2 * (width / INT8_GROUP + 1); }
+
+/* y [rows, outputs] = x [rows, width] * weights + bias, of x and weights turned block by block, and in groups. Weights are
+ * in panels [panels, width / 4, PANEL, 4] of codes plus ZERO, with scales [panels, groups, PANEL]; scratch is of `int8_scratch`. */
+void linear_int8(const float *x, i64 block, const uint8_t *panels, const float *scales, const float *bias, float *y,
+                 void *scratch, i64 rows, i64 width, i64 outputs)
 {
     i64 groups = (width + INT8_GROUP - 1) / INT8_GROUP;
+    float *steps = scratch;
+    int32_t *codes_sum = (int32_t *)(steps + rows * groups);
+    int8_t *codes = (int8_t *)(codes_sum + rows * groups);
+    quantize(x, codes, steps, codes_sum, rows, width, block);
 #pragma omp parallel for
     for (i64 column = 0; column < outputs; column += PANEL)
         for (i64 start = 0; start < rows; start += MOST_ROWS) {
-            i64 some = rows - start < MOST_ROWS ? rows - start : MOST_ROWS;
-            i64 columns = outputs - column < PANEL ? outputs - column : PANEL;
-            float sums[some * PANEL];
-            for (i64 row = 0; row < some; row++)
-                memcpy(sums + row * PANEL, bias + column, PANEL * sizeof(float));
+            i64 some = rows - start < MOST_ROWS ? rows - start : MOST_ROWS, whole = column + PANEL <= outputs;
+            float part[whole ? 1 : some * PANEL]; /* of a last panel with padding */
+            float *own = y + start * outputs + column, *to = whole ? own : part;
             for (i64 group = 0; group < groups; group++) {
-                i64 first = group * INT8_GROUP, place = start * groups + group;
-                i64 depth = width - first < INT8_GROUP ? width - first : INT8_GROUP;
-                int8_piece(codes + start * width + first, width, steps + place, codes_sum + place, groups,
-                           panels + column * width + first * PANEL, scales + column * groups + group * PANEL, sums,
-                           depth / 4, some);
+                i64 first = group * INT8_GROUP, place = start * groups + group, stride = whole ? outputs : PANEL;
+                i64 quads = (width - first < INT8_GROUP ? width - first : INT8_GROUP) / 4;
+                const int8_t *from = codes + start * width + first;
+                const float *worth = steps + place, *scale = scales + column * groups + group * PANEL;
+                const int32_t *sum = codes_sum + place;
+                const uint8_t *piece = panels + column * width + first * PANEL;
+                int8_piece(from, width, worth, sum, groups, piece, scale, group ? to : bias + column, group ? stride : 0, to,
+                           stride, quads, some);
             }
-            for (i64 row = 0; row < some; row++)
-                memcpy(y + (start + row) * outputs + column, sums + row * PANEL, columns * sizeof(float));
+            for (i64 row = 0; row < some && !whole; row++)
+                memcpy(own + row * outputs, part + row * PANEL, (outputs - column) * sizeof(float));
         }
 }
 #else
-void linear_int8(void) {}
+i64 int8_group(void) { return 0; }
+i64 int8_levels(void) { return 0; }
+i64 int8_scratch(i64 width) { return 0 * width; }
+void linear_int8(const float *x, i64 block, const uint8_t *panels, const float *scales, const float *bias, float *y,
+                 void *scratch, i64 rows, i64 width, i64 outputs)
+{
+}
 #endif
 
 /* A linear layer as it is packed: of float32 or, where `block` is not 0, of int8 codes, which alone have what follows. */
@@ -649,18 +683,10 @@ struct step {
 
 static void apply(const struct linear *l, const float *x, float *y, i64 rows, void *scratch)
 {
-#ifdef __AVX512VNNI__
-    if (l->block) {
-        i64 groups = (l->width + INT8_GROUP - 1) / INT8_GROUP;
-        float *steps = scratch;
-        int32_t *sums = (int32_t *)(steps + rows * groups);
-        int8_t *codes = (int8_t *)(sums + rows * groups);
-        quantize(x, (uint8_t *)codes, steps, sums, rows, l->width, l->block, INT8_GROUP, 127, 0);
-        linear_int8(codes, steps, sums, l->panels, l->scales, l->bias, y, rows, l->width, l->outputs);
-        return;
-    }
-#endif
-    linear(x, l->panels, l->bias, y, rows, l->width, l->outputs);
+    if (l->block)
+        linear_int8(x, l->block, l->panels, l->scales, l->bias, y, scratch, rows, l->width, l->outputs);
+    else
+        linear(x, l->panels, l->bias, y, rows, l->width, l->outputs);
 }
 
 static void apply_norm(const struct norm *n, const float *x, float *y, i64 rows, i64 width)
@@ -686,8 +712,7 @@ i64 layer_scratch(const struct layer *l)
 {
     i64 hidden = l->output.outputs, query = l->heads * l->size, inner = l->down.width;
     i64 first = hidden + l->projections.outputs + 2 * query, second = hidden + 3 * inner;
-    i64 widest = most(hidden, most(query, inner)); /* input, of which int8 has codes, and steps and sums of groups */
-    return most(first, second) + widest / 4 + 1 + 2 * (widest / INT8_GROUP + 1);
+    return most(first, second) + int8_scratch(most(hidden, most(query, inner)));
 }
 
 /* The first half of a layer, without the sum: the residual is x, and what is to be added to it the attention's output.

@@ -40,8 +40,7 @@ _SIGNATURES = {
     "attend_tokens": [_POINTER, _INT, *[_POINTER] * 5, *[_INT] * 6, _FLOAT],
     "attend_chunk": [_POINTER, _INT, *[_POINTER] * 3, *[_INT] * 7, _FLOAT],
     "linear": [*[_POINTER] * 4, *[_INT] * 3],
-    "linear_int8": [*[_POINTER] * 7, *[_INT] * 3],
-    "quantize": [*[_POINTER] * 4, *[_INT] * 6],
+    "linear_int8": [_POINTER, _INT, *[_POINTER] * 5, *[_INT] * 3],
     "decoder_layer": [*[_POINTER] * 8, _INT, *[_POINTER] * 5],
     "layer_attention": [*[_POINTER] * 8, _INT, *[_POINTER] * 4],
     "layer_mlp": [_POINTER, _INT, *[_POINTER] * 3],
@@ -88,7 +87,9 @@ class Kernels:
         for name, signature in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = signature, None
-        library.panel_columns.restype = library.layer_scratch.restype = library.int8_group.restype = _INT
+        for name in ("panel_columns", "layer_scratch", "int8_group", "int8_levels", "int8_scratch"):
+            getattr(library, name).restype = _INT
+        library.int8_scratch.argtypes = [_INT]
         library.decoder_layer.restype = library.sum_shards.restype = ctypes.c_int
         self.library, self._panel = library, library.panel_columns()
         self.int8_group = library.int8_group()  # inputs that share a scale; 0 where a CPU has no instructions
@@ -209,31 +210,15 @@ class Kernels:
         bias: torch.Tensor,  # [panels * columns]
         outputs: int,
     ) -> torch.Tensor:
-        """The product, [rows, outputs], of weights and x as int8 codes, of which `int8_group` in a row share a scale.
+        """The product, [rows, outputs], of weights and x as integers, of which `int8_group` in a row share a scale.
         Both are multiplied with Hadamard matrices of `block` rows before, the weights by the caller. Needs
         `int8_group`."""
-        codes, steps, sums = self._quantize(x, block, self.int8_group, 127, 0)
-        y = steps.new_empty(len(codes), outputs)
-        tensors = (codes, steps, sums, packed, scales, bias, y)
-        self.library.linear_int8(*(tensor.data_ptr() for tensor in tensors), *codes.shape, outputs)
+        x = x.contiguous()
+        rows, width = x.shape
+        y, scratch = x.new_empty(rows, outputs), x.new_empty(rows * self.library.int8_scratch(width))
+        weights = (tensor.data_ptr() for tensor in (packed, scales, bias, y, scratch))
+        self.library.linear_int8(x.data_ptr(), block, *weights, rows, width, outputs)
         return y
-
-    def quantize(self, rows: torch.Tensor, block: int, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """uint8 codes [rows, width] and float32 steps [rows, 1]: every block of a row, times a Hadamard matrix of that
-        size, is about (codes - levels - 1) * step."""
-        codes, steps, _ = self._quantize(rows, block, rows.shape[1], levels, levels + 1)
-        return codes, steps
-
-    def _quantize(
-        self, rows: torch.Tensor, block: int, group: int, levels: int, zero: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Codes [rows, width], steps and sums of codes [rows, groups]."""
-        rows = rows.contiguous()
-        codes, steps = torch.empty_like(rows, dtype=torch.uint8), rows.new_empty(len(rows), -(-rows.shape[1] // group))
-        sums = torch.empty_like(steps, dtype=torch.int32)
-        tensors = (rows, codes, steps, sums)
-        self.library.quantize(*(tensor.data_ptr() for tensor in tensors), *rows.shape, block, group, levels, zero)
-        return codes, steps, sums
 
 
 class _Arena:

@@ -94,7 +94,7 @@ class LayerTuner:
         makers: Makers = {}
         if (kernels := self._kernels) is not None and CompiledInt8Linear.fits(layer, kernels):
             makers["mpinfer int8"] = lambda layer: CompiledInt8Linear(layer, kernels)
-        makers["onednn int8"] = lambda layer: Int8Linear(layer, self._kernels)
+        makers["onednn int8"] = Int8Linear
         return makers
 
     def _fastest(self, layer: nn.Linear, makers: Makers) -> str:

@@ -25,7 +25,7 @@ class Int8Linear(nn.Module):
     Raises `ModelError` where torch has no such kernel.
     """
 
-    def __init__(self, layer: nn.Linear, kernels: Kernels | None = None) -> None:
+    def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
         if layer.weight.device.type != "cpu" or not hasattr(torch.ops.onednn, "qlinear_prepack"):
             raise ModelError(
@@ -33,7 +33,6 @@ class Int8Linear(nn.Module):
                 "use model.quantize=none"
             )
         # Codes are 1 to 255, and 1 to 127 without VNNI, where two products are summed in 16 bits.
-        self._kernels = kernels
         self._levels = 127 if torch.cpu._is_vnni_supported() else 63
         self._rotation = hadamard(_largest_block(layer.in_features))
         self._in_features = layer.in_features
@@ -56,8 +55,6 @@ class Int8Linear(nn.Module):
 
     def _quantize(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """uint8 codes, in which 0 is `_levels` + 1, and the step of each row [rows, 1]."""
-        if self._kernels is not None:
-            return self._kernels.quantize(rows, len(self._rotation), self._levels)
         rows = rotate(rows, self._rotation)
         steps = rows.abs().amax(1, keepdim=True).clamp_min_(1e-30).div_(self._levels)
         # oneDNN is fast for unsigned codes only, but torch converts faster to signed ones: the sum wraps around.
