@@ -444,28 +444,34 @@ void linear(const float *x, const float *panels, const float *bias, float *y, i6
         }
 }
 
-typedef float sixteen __attribute__((vector_size(64)));
-typedef int32_t lanes __attribute__((vector_size(64)));
-
 /* x plus or minus its partner, `distance` lanes away. */
-INLINE sixteen butterfly(sixteen x, int distance)
+INLINE vector butterfly(vector x, int distance)
 {
-    lanes index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    lanes upper = (index & distance) != 0;
-    sixteen sign = __builtin_convertvector(upper * 2 + 1, sixteen);
-    return __builtin_shuffle(x, index ^ distance) + sign * x;
+    indices upper = (lane & distance) != 0;
+    vector sign = __builtin_convertvector(upper * 2 + 1, vector);
+    return __builtin_shuffle(x, lane ^ distance) + sign * x;
 }
 
 /* The product with the Hadamard matrix of that many rows, a power of two, times the root of its size. */
 INLINE void hadamard(float *x, i64 size)
 {
-    if (size == 64) {
-        sixteen v[4];
+    if (size == 64) { /* in registers */
+        enum { COUNT = 64 / LANES };
+        vector v[COUNT];
         memcpy(v, x, sizeof v);
-        for (int i = 0; i < 4; i++)
-            v[i] = butterfly(butterfly(butterfly(butterfly(v[i], 1), 2), 4), 8);
-        sixteen a = v[0] + v[1], b = v[0] - v[1], c = v[2] + v[3], d = v[2] - v[3];
-        v[0] = a + c, v[1] = b + d, v[2] = a - c, v[3] = b - d;
+#pragma GCC unroll 16
+        for (int i = 0; i < COUNT; i++)
+#pragma GCC unroll 4
+            for (int distance = 1; distance < LANES; distance *= 2)
+                v[i] = butterfly(v[i], distance);
+#pragma GCC unroll 4
+        for (int distance = 1; distance < COUNT; distance *= 2)
+#pragma GCC unroll 16
+            for (int i = 0; i < COUNT; i++)
+                if (!(i & distance)) {
+                    vector a = v[i], b = v[i + distance];
+                    v[i] = a + b, v[i + distance] = a - b;
+                }
         memcpy(x, v, sizeof v);
         return;
     }
