@@ -209,7 +209,7 @@ void attend_tokens(const float *query, i64 stride, const float *keys, const floa
 #define SIX 6
 #define PANEL (LANES * WIDE) /* columns that are computed together */
 typedef float vector __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef int32_t indices __attribute__((vector_size(4 * LANES)));
+typedef int32_t indices __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 /* Some rows of x, `x_row` apart and their inputs `x_step`, times some vectors of a panel's piece, on top of what `base` has;
  * so many bytes of what is ahead are on their way to the cache meanwhile, for each input. */
@@ -487,17 +487,48 @@ INLINE void hadamard(float *x, i64 size)
 #define INT8_GROUP 192
 #define ZERO 128 /* of weights, since instructions want one of two factors without a sign */
 
-/* Codes of inputs go from -LEVELS to LEVELS. */
+/* Codes of inputs go from -LEVELS to LEVELS, in steps of a group's largest number, or sum where QUADS is 2: there four
+ * products meet in 16 bits, of inputs 0, 1, 4, 5 or 2, 3, 6, 7 of eight. 255 times the sum of 126, and of four errors of
+ * rounding, at most 128, has no more. */
 #if defined(__AVX512VNNI__)
 #define LEVELS 127
+#define QUADS 1
+#define INT8_ROWS SIX
 #elif defined(__AVX512BW__) || (defined(__AVX2__) && !defined(__AVX512F__))
-#define LEVELS 63 /* two products are summed in 16 bits */
+#define LEVELS 126
+#define QUADS 2
+#define INT8_ROWS 5 /* so that a register is left for ones */
 #endif
 
 #ifdef LEVELS
 /* As many as linear_int8 expects, or 0 where there are no instructions for int8 that pay. */
 i64 int8_group(void) { return INT8_GROUP; }
 i64 int8_levels(void) { return LEVELS; }
+i64 int8_quads(void) { return QUADS; }
+
+INLINE vector larger(vector a, vector b)
+{
+    indices first = a > b;
+    return (vector)(((indices)a & first) | ((indices)b & ~first));
+}
+
+/* Of numbers, behind which zeros fill up a vector, the largest or the largest sum of those of one sign that meet. */
+INLINE float largest(const float *x, i64 count)
+{
+    vector most = (vector){} + 1e-30f;
+    for (i64 i = 0; i < count; i += LANES) {
+        vector v = *(const vector *)(x + i), up = larger(v, (vector){}), down = up - v;
+        if (QUADS == 2) {
+            up += __builtin_shuffle(up, lane ^ 1), down += __builtin_shuffle(down, lane ^ 1);
+            up += __builtin_shuffle(up, lane ^ 4), down += __builtin_shuffle(down, lane ^ 4);
+        }
+        most = larger(most, larger(up, down));
+    }
+    float result = most[0];
+    for (int i = 1; i < LANES; i++)
+        result = most[i] > result ? most[i] : result;
+    return result;
+}
 
 /* Codes of every row, turned block by block; for each group of a row what a step is worth, and the sum of the codes. */
 static void quantize(const float *x, int8_t *codes, float *steps, int32_t *sums, i64 rows, i64 width, i64 block)
@@ -506,16 +537,14 @@ static void quantize(const float *x, int8_t *codes, float *steps, int32_t *sums,
     i64 groups = (width + INT8_GROUP - 1) / INT8_GROUP;
 #pragma omp parallel for if (rows * width > ALONE)
     for (i64 row = 0; row < rows; row++) {
-        float turned[width];
+        float turned[width + LANES];
         memcpy(turned, x + row * width, width * sizeof(float));
+        memset(turned + width, 0, LANES * sizeof(float));
         for (i64 i = 0; i < width; i += block)
             hadamard(turned + i, block);
         for (i64 g = 0; g < groups; g++) {
             i64 start = g * INT8_GROUP, stop = start + INT8_GROUP < width ? start + INT8_GROUP : width;
-            float most = 1e-30f;
-#pragma omp simd reduction(max : most)
-            for (i64 i = start; i < stop; i++)
-                most = fabsf(turned[i]) > most ? fabsf(turned[i]) : most;
+            float most = largest(turned + start, stop - start);
             float inverse = LEVELS / most;
             int32_t sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -530,17 +559,23 @@ static void quantize(const float *x, int8_t *codes, float *steps, int32_t *sums,
     }
 }
 
-/* sum += x * weights, of four inputs; in assembler, since of intrinsics compilers keep more at hand than registers hold */
-INLINE void int8_add(indices *sum, indices x, indices weights)
+/* sum += codes * weights, of QUADS times four inputs, the weights PANEL * 4 apart; in assembler, since of intrinsics
+ * compilers keep more at hand than registers hold. */
+INLINE void int8_add(indices *sum, const int8_t *codes, const uint8_t *weights)
 {
-#if LEVELS == 127
-    __asm__("vpdpbusd %1, %2, %0" : "+v"(*sum) : "v"(x), "v"(weights));
+    indices first = *(const indices *)weights;
+#if QUADS == 1
+    int32_t four;
+    memcpy(&four, codes, 4);
+    __asm__("vpdpbusd %1, %2, %0" : "+v"(*sum) : "v"(four - (indices){}), "v"(first));
 #else
     static const int16_t ones[2 * LANES] __attribute__((aligned(4 * LANES))) = {[0 ... 2 * LANES - 1] = 1};
-    indices pairs;
-    __asm__("vpmaddubsw %2, %3, %1\n\tvpmaddwd %4, %1, %1\n\tvpaddd %1, %0, %0"
-            : "+v"(*sum), "=&v"(pairs)
-            : "v"(x), "v"(weights), "m"(ones)); /* which no register is left for */
+    indices second = *(const indices *)(weights + PANEL * 4), x, y;
+    __asm__("vpbroadcastd %3, %1\n\tvpbroadcastd %4, %2\n\t"
+            "vpmaddubsw %1, %5, %1\n\tvpmaddubsw %2, %6, %2\n\t"
+            "vpaddw %2, %1, %1\n\tvpmaddwd %7, %1, %1\n\tvpaddd %1, %0, %0"
+            : "+v"(*sum), "=&v"(x), "=&v"(y)
+            : "m"(*(const int32_t *)codes), "m"(*(const int32_t *)(codes + 4)), "v"(first), "v"(second), "v"(*(const indices *)ones));
 #endif
 }
 
@@ -549,28 +584,20 @@ INLINE void int8_tile(const int8_t *codes, i64 width, const float *steps, const 
                       const uint8_t *piece, const float *scales, const float *base, i64 base_row, float *y, i64 y_row,
                       i64 quads, const char *ahead, const int rows, const int fetched)
 {
-    indices totals[SIX][WIDE];
+    indices totals[INT8_ROWS][WIDE];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
         for (int v = 0; v < WIDE; v++)
             totals[r][v] = (indices){} - ZERO * codes_sum[r * groups];
-    for (i64 q = 0; q < quads; q++) {
-        for (int byte = 0; byte < fetched; byte += LINE)
+    for (i64 q = 0; q < quads; q += QUADS) {
+        for (int byte = 0; byte < QUADS * fetched; byte += LINE)
             __builtin_prefetch(ahead + q * fetched + byte);
-        indices weights[WIDE];
 #pragma GCC unroll 8
         for (int v = 0; v < WIDE; v++)
-            weights[v] = *(const indices *)(piece + (q * PANEL + v * LANES) * 4);
 #pragma GCC unroll 8
-        for (int r = 0; r < rows; r++) {
-            int32_t four;
-            memcpy(&four, codes + r * width + q * 4, 4);
-            indices x = four - (indices){};
-#pragma GCC unroll 8
-            for (int v = 0; v < WIDE; v++)
-                int8_add(&totals[r][v], x, weights[v]);
-        }
+            for (int r = 0; r < rows; r++)
+                int8_add(&totals[r][v], codes + r * width + q * 4, piece + (q * PANEL + v * LANES) * 4);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
@@ -592,7 +619,7 @@ INLINE void int8_rows(const int8_t *codes, i64 width, const float *steps, const 
     case 3: int8_tile(codes, width, steps, codes_sum, groups, piece, scales, base, base_row, y, y_row, quads, ahead, 3, fetched); break;
     case 4: int8_tile(codes, width, steps, codes_sum, groups, piece, scales, base, base_row, y, y_row, quads, ahead, 4, fetched); break;
     case 5: int8_tile(codes, width, steps, codes_sum, groups, piece, scales, base, base_row, y, y_row, quads, ahead, 5, fetched); break;
-    default: int8_tile(codes, width, steps, codes_sum, groups, piece, scales, base, base_row, y, y_row, quads, ahead, SIX, fetched);
+    default: int8_tile(codes, width, steps, codes_sum, groups, piece, scales, base, base_row, y, y_row, quads, ahead, INT8_ROWS, fetched);
     }
 }
 
@@ -601,7 +628,7 @@ INLINE void int8_piece(const int8_t *codes, i64 width, const float *steps, const
                        const uint8_t *piece, const float *scales, const float *base, i64 base_row, float *y, i64 y_row,
                        i64 quads, i64 rows)
 {
-    i64 tiles = (rows + SIX - 1) / SIX;
+    i64 tiles = (rows + INT8_ROWS - 1) / INT8_ROWS;
     const char *ahead = (const char *)piece + quads * PANEL * 4;
     for (i64 tile = 0; tile < tiles; tile++) {
         i64 row = rows * tile / tiles, count = rows * (tile + 1) / tiles - row;
@@ -651,6 +678,7 @@ void linear_int8(const float *x, i64 block, const uint8_t *panels, const float *
 #else
 i64 int8_group(void) { return 0; }
 i64 int8_levels(void) { return 0; }
+i64 int8_quads(void) { return 0; }
 i64 int8_scratch(i64 width) { return 0 * width; }
 void linear_int8(const float *x, i64 block, const uint8_t *panels, const float *scales, const float *bias, float *y,
                  void *scratch, i64 rows, i64 width, i64 outputs)

@@ -87,7 +87,7 @@ class Kernels:
         for name, signature in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = signature, None
-        for name in ("panel_columns", "layer_scratch", "int8_group", "int8_levels", "int8_scratch"):
+        for name in ("panel_columns", "layer_scratch", "int8_group", "int8_levels", "int8_quads", "int8_scratch"):
             getattr(library, name).restype = _INT
         library.int8_scratch.argtypes = [_INT]
         library.decoder_layer.restype = library.sum_shards.restype = ctypes.c_int

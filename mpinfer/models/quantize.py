@@ -62,7 +62,7 @@ class Int8Linear(nn.Module):
 
 
 class CompiledInt8Linear(nn.Module):
-    """The same by mpinfer's own kernel, for a CPU that has instructions for it and inputs that are a multiple of 4."""
+    """The same by mpinfer's own kernel, for a CPU that has instructions for it and inputs that are a multiple of 8."""
 
     def __init__(self, layer: nn.Linear, kernels: Kernels) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class CompiledInt8Linear(nn.Module):
 
     @staticmethod
     def fits(layer: nn.Linear, kernels: Kernels | None) -> bool:
-        return kernels is not None and kernels.int8_group > 0 and layer.in_features % 4 == 0
+        return kernels is not None and kernels.int8_group > 0 and layer.in_features % 8 == 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)
