@@ -268,10 +268,8 @@ INLINE void multiply(const float *x, i64 x_row, i64 x_step, const float *panel, 
         i64 row = rows * tile / tiles, count = rows * (tile + 1) / tiles - row;
         const float *from = x + row * x_row;
         float *to = y + row * PANEL;
-        if (at_first)
-            linear_rows(from, x_row, x_step, panel, zeros, 0, to, PANEL, depth, 0, count, vectors, 0);
-        else
-            linear_rows(from, x_row, x_step, panel, to, PANEL, to, PANEL, depth, 0, count, vectors, 0);
+        const float *base = at_first ? zeros : to;
+        linear_rows(from, x_row, x_step, panel, base, at_first ? 0 : PANEL, to, PANEL, depth, 0, count, vectors, 0);
     }
 }
 
@@ -503,6 +501,8 @@ INLINE void hadamard(float *x, i64 size)
 #ifdef LEVELS
 /* As many as linear_int8 expects, or 0 where there are no instructions for int8 that pay. */
 i64 int8_group(void) { return INT8_GROUP; }
+
+/* For tests. */
 i64 int8_levels(void) { return LEVELS; }
 i64 int8_quads(void) { return QUADS; }
 

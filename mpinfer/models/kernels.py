@@ -1,5 +1,5 @@
 """Kernels in C (kernels.c) for what torch does on a CPU in many small operations: norms, gates, rotary embeddings,
-attention over a KV cache, and int8 codes of activations.
+attention over a KV cache; and for linear layers, in float32 and int8.
 
 They are compiled for the CPU they run on by the machine's own C compiler, once, when they are first used; the library
 stays in the user's cache directory. Where that cannot be done torch computes the same, slower.
@@ -87,7 +87,7 @@ class Kernels:
         for name, signature in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = signature, None
-        for name in ("panel_columns", "layer_scratch", "int8_group", "int8_levels", "int8_quads", "int8_scratch"):
+        for name in ("panel_columns", "layer_scratch", "int8_group", "int8_scratch"):
             getattr(library, name).restype = _INT
         library.int8_scratch.argtypes = [_INT]
         library.decoder_layer.restype = library.sum_shards.restype = ctypes.c_int
