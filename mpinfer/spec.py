@@ -66,7 +66,8 @@ class ModelSpec:
         "none",
         about=(
             "`int8`: linear layers and embeddings are held in int8 and multiplied in int8, with scales for each row "
-            "of activations; needs `model.dtype: float32` and a CPU. On x86 without VNNI, activations have 7 bits."
+            "of activations or groups of its inputs; needs `model.dtype: float32` and a CPU. On x86 without VNNI, "
+            "activations have about 7 bits."
         ),
     )
     kernels: Literal["auto", "torch"] = rule(
