@@ -103,6 +103,17 @@ def test_int8_scales_are_those_of_their_groups(kernels):
     assert error(int8(x)) < 0.002 < 0.01 < error(in_groups(layer, kernels, 1200, x))
 
 
+@pytest.mark.parametrize(
+    "numbers", [[1.0] * 8, [1.0, 1, 0, 0] * 2, [0, 0, -1.0, -1] * 2, [0, 1.0] * 4, [-1.0] + [0] * 7]
+)
+def test_int8_sums_of_the_largest_codes_fit(kernels, numbers):
+    """Rotated inputs that are largest together times the largest weights: in 16 bits there is room for just these."""
+    layer = nn.Linear(192, 64, bias=False).requires_grad_(False)
+    layer.weight[:] = rotate(torch.ones(64, 192), hadamard(64))
+    x = rotate(torch.tensor(numbers * 24).expand(7, 192), hadamard(64))[None]
+    torch.testing.assert_close(int8_layer(layer, kernels)(x), layer(x), rtol=0.02, atol=1e-4)
+
+
 def int8_layer(layer, kernels):
     if not kernels.int8_group:
         pytest.skip("this CPU has no int8 instructions")
