@@ -95,7 +95,8 @@ class DecodeRank:
 
     def timed_steps(self, least_s: float) -> list[Timed]:
         """A full prefill step and decode steps, timed on this stage for so many seconds each. Also its warm-up: slots
-        have memory for typical sequences then."""
+        have memory for typical sequences then, and shards have agreed on how they compute."""
+        self._part.agree()
         slots, most = self._layout.micro_batch, self._max_length
         sizes = {-(-slots * quarters // 4) for quarters in range(1, 5)}
         decoding = [decode_segments(rows, _TYPICAL_LENGTH, most) for rows in sizes]

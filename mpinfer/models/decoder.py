@@ -174,14 +174,14 @@ class DecoderSkeleton:
         kernels, problem = find_kernels(self._kernels, device, self.dtype)
         tuner = LayerTuner(rows, self._quantize, kernels)
         read_bytes = self._fill(device, tuner)
-        compiled: list[CompiledLayer] = []
+        compiled: list[CompiledLayer | None] = [None] * len(own_layers)
         if kernels is not None:
             sampling = own_layers[-1] if last and own_layers else None
             replaced, compiled = quicken(self.model, kernels, own_layers, last=sampling)
             tuner.used.update(replaced)
         if shard is not None:
             sums = None if shard.memory is None else ShardSums(shard.memory)
-            for whole in compiled:
+            for whole in filter(None, compiled):
                 whole.reduce, whole.sums = shard.reduce, sums
         for path, join in joints.items():  # around what the tuner made of them
             self.model.set_submodule(path, join(self.model.get_submodule(path)))
@@ -198,6 +198,7 @@ class DecoderSkeleton:
             read_bytes,
             kernels,
             compiled,
+            shard,
             tuner.used,
             problem,
         )
@@ -326,7 +327,8 @@ class DecoderPart(nn.Module):
         last: bool,
         read_bytes: int,
         kernels: Kernels | None,
-        compiled: Sequence[CompiledLayer],
+        compiled: Sequence[CompiledLayer | None],
+        shard: Shard | None,
         used: Mapping[str, int],
         problem: str,
     ) -> None:
@@ -338,8 +340,27 @@ class DecoderPart(nn.Module):
         self.first, self.last = first, last
         self.read_bytes = read_bytes
         self.kernels, self.kernels_problem = kernels, problem
-        self.compiled = compiled  # layers
-        self.used = dict(used)  # modules by the kernel they use
+        self._layers, self._shard = compiled, shard
+        self._used = dict(used)
+
+    def agree(self) -> None:
+        """Compute no layer whole that another shard of the stage does not: it would sum other rows, in another way. All
+        shards call it before their first step."""
+        if self._shard is not None:
+            shards = self._shard.reduce(torch.tensor([float(layer is not None) for layer in self._layers]))
+            for layer, number in zip(self._layers, shards.tolist(), strict=True):
+                if layer is not None:
+                    layer.whole = number == self._shard.count
+
+    @property
+    def compiled(self) -> list[CompiledLayer]:
+        """Layers that are computed whole."""
+        return [layer for layer in self._layers if layer is not None and layer.whole]
+
+    @property
+    def used(self) -> dict[str, int]:
+        """Modules by the kernel they use."""
+        return {**self._used, **({"layer": len(self.compiled)} if self.compiled else {})}
 
     @property
     def weight_bytes(self) -> int:

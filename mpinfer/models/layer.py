@@ -78,6 +78,7 @@ class CompiledLayer:
         self.attention = attention
         self.products = [parts.projections, parts.output, parts.gates, parts.down]
         self._library, self._parts, self._last = kernels.library, parts, last
+        self.whole = True  # else its module computes
         self.reduce: Callable[[torch.Tensor], torch.Tensor] | None = None  # sums over the shards of the layer, if any
         self.sums: ShardSums | None = None  # does so inside the kernel
         query_norm, key_norm = attention.norms or (None, None)

@@ -34,7 +34,7 @@ class Quickened(NamedTuple):
     """What has been replaced."""
 
     modules: Counter[str]  # how many, by kind
-    layers: list[CompiledLayer]
+    layers: list[CompiledLayer | None]  # None where a layer keeps its own forward
 
 
 @torch.inference_mode()
@@ -46,7 +46,7 @@ def quicken(
     norms: dict[nn.Module, Norm] = {}
     gelus: dict[nn.Module, bool] = {}  # gated MLPs: whether by GELU
     attentions: dict[nn.Module, Attention] = {}
-    compiled: list[CompiledLayer] = []
+    compiled: list[CompiledLayer | None] = []
     modules = list(model.modules())
     for module in modules:
         if (norm := _norm(module, kernels)) is not None:
@@ -57,12 +57,14 @@ def quicken(
         if (attention := _attention(module, kernels, norms)) is not None:
             attentions[module], module.forward = attention
     for module in layers:
-        if (parts := _parts(module, norms, gelus, attentions)) is not None:
-            layer = CompiledLayer(kernels, parts, last=module is last)
-            if _same_layer(module, layer, kernels):
-                module.forward = _layer_forward(layer, module.forward)
-                compiled.append(layer)
-    found = {"norm": len(norms), "gated MLP": len(gelus), "attention": len(attentions), "layer": len(compiled)}
+        parts = _parts(module, norms, gelus, attentions)
+        layer = None if parts is None else CompiledLayer(kernels, parts, last=module is last)
+        if layer is not None and not _same_layer(module, layer, kernels):
+            layer = None
+        if layer is not None:
+            module.forward = _layer_forward(layer, module.forward)
+        compiled.append(layer)
+    found = {"norm": len(norms), "gated MLP": len(gelus), "attention": len(attentions)}
     return Quickened(+Counter(found), compiled)
 
 
@@ -162,7 +164,8 @@ def _parts(
 def _layer_forward(layer: CompiledLayer, own: Forward) -> Forward:
     def forward(hidden_states: torch.Tensor, *unnamed: Any, attention_mask: Any = None, **named: Any) -> torch.Tensor:
         cosines, sines = (x[0] for x in named["position_embeddings"])
-        if unnamed or attention_mask is not None or cosines.shape[1] != layer.attention.head_dim:
+        usual = not unnamed and attention_mask is None and cosines.shape[1] == layer.attention.head_dim
+        if not usual or not layer.whole:
             return own(hidden_states, *unnamed, attention_mask=attention_mask, **named)
         return named["packed"].compute(layer, hidden_states[0], cosines, sines)[None]
 

@@ -16,6 +16,7 @@ from harness import (
     assert_token_rule,
     complete_run,
     generate_reference,
+    mpirun,
     one_thread,
     read_jsonl,
     read_timing,
@@ -91,3 +92,18 @@ def test_all_logits_come_together_from_the_shards(
     """Beside the tokens, the best of all tokens are asked for."""
     results = read_jsonl(run(one_mpi, (1, 1, 3), "generate.logprobs=2") / "results.jsonl")
     assert_token_rule(results, nine_heads[1])
+
+
+def test_shards_that_find_other_products_faster_compute_alike(
+    mpi: Mpi, nine_heads: tuple[Path, list[Reference]], tmp_path: Path
+) -> None:
+    """Timings decide whether layers are computed whole, and the last one then sums fewer rows than its modules do."""
+    output, script = tmp_path / "out", Path(__file__).with_name("odd_shard.py")
+    options = ["--output", output, "--set", "parallel.replicas=1", "--set", "parallel.shards=2"]
+    done = mpirun(mpi, 2, ["python", script, "run", nine_heads[0], *options], timeout_s=60)
+    assert done.returncode == 0, done.stderr
+    first, second = (place["kernels"] for place in read_timing(output)["ranks"])
+    assert first["mpinfer"]
+    assert "mpinfer" not in second
+    assert "layer" not in {**first, **second}
+    assert_token_rule(read_jsonl(output / "results.jsonl"), nine_heads[1])

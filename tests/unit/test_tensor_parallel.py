@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -57,8 +58,8 @@ class Threads:
 
         return Shard(index, len(self._given), reduce)
 
-    def run(self, work: Callable[[int], torch.Tensor]) -> list[torch.Tensor]:
-        results: dict[int, torch.Tensor] = {}
+    def run(self, work: Callable[[int], Any]) -> list[Any]:
+        results: dict[int, Any] = {}
 
         def one(index: int) -> None:
             try:
@@ -182,10 +183,11 @@ def test_shards_compute_what_one_rank_does(tmp_path, name):
     for count in (2, 3):
         threads = Threads(count)
         parts = [load(tmp_path, threads.shard(index)) for index in range(count)]
+        threads.run(lambda index, parts=parts: parts[index].agree())
         found = torch.cat(threads.run(lambda index, parts=parts: compute(parts[index], ids)), dim=1)
         assert torch.allclose(found, expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
         layers = len(DecoderSkeleton(tmp_path, "float32").layers)
-        assert threads.calls == [3 * (1 + 2 * layers)] * count  # in each of three steps
+        assert threads.calls == [1 + 3 * (1 + 2 * layers)] * count  # to agree, and in each of three steps
         assert max(part.weight_bytes for part in parts) < 1.3 * whole.weight_bytes / count + 30_000  # replicated norms
         assert sum(part.read_bytes for part in parts) < 1.3 * whole.read_bytes
 
