@@ -6,6 +6,7 @@ memory of the last, since the system takes a microsecond and more for every new 
 """
 
 import ctypes
+import functools
 import mmap
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, chain
@@ -16,7 +17,7 @@ from torch.nn import functional
 
 from mpinfer.generate.scheduler import Segment
 from mpinfer.models.kernels import Kernels
-from mpinfer.models.layer import Attention, CompiledLayer, LayerStep
+from mpinfer.models.layer import Attention, CompiledLayer, LayerCall, LayerStep, compute_layers
 
 # Address space, not memory: Linux's flag for it, which Python names from 3.13 on.
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
@@ -97,12 +98,18 @@ class PackedStep:
         samples = [row for end, s in ends for row in range(end - s.samples, end)]
         self.samples = torch.tensor(samples, dtype=torch.long, device=device)  # rows, [samples]
         self._decoding = decoding = next((i for i, s in enumerate(segments) if s.length > 1), len(segments))
-        self._runs = _runs(segments[:decoding])
+        self._alone = segments[:decoding]
         self._chunks = list(zip(offsets[decoding:-1].tolist(), segments[decoding:], strict=True))
         self._places_of: dict[int, torch.Tensor] = {}
         self._head_places: dict[int, torch.Tensor] = {}
         self._layer_steps: dict[int, LayerStep] = {}
+        self._calls: list[LayerCall] = []  # of layers that are computed together with the next
+        self._before: tuple[CompiledLayer, torch.Tensor, torch.Tensor] | None = None  # a layer, its output and a copy
         self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
+
+    @functools.cached_property
+    def _runs(self) -> list[tuple[int, list[Segment]]]:
+        return _runs(self._alone)
 
     def attend(
         self,
@@ -143,10 +150,31 @@ class PackedStep:
         cosines: torch.Tensor,  # [tokens, head_dim]
         sines: torch.Tensor,
     ) -> torch.Tensor:
-        """A whole layer; [tokens, hidden], or of a last one [samples, hidden]."""
+        """A whole layer; [tokens, hidden], or of a last one [samples, hidden]. One whose output the next layer takes as
+        it is gives x back: it is computed together with that."""
         facts = layer.attention
         keys, values = self._cache.layer(facts.layer, facts.kv_heads, facts.head_dim, x.dtype)
-        return layer(self._layer_step(facts.kv_heads), keys, values, cosines, sines, x)
+        step = self._layer_step(facts.kv_heads)
+        self._find_next(layer, x)
+        self._calls.append(LayerCall(layer, step, keys, values, cosines.contiguous(), sines.contiguous()))
+        if layer.next is not None and layer.next.whole:
+            return x
+        y = self.catch_up(x)
+        if not layer.is_settled:
+            layer.is_settled, self._before = True, (layer, y, y.clone())
+        return y
+
+    def catch_up(self, x: torch.Tensor) -> torch.Tensor:
+        """What the layers that wait for the next, if any, make of x."""
+        calls, self._calls = self._calls, []
+        return compute_layers(calls, x) if calls else x
+
+    def _find_next(self, layer: CompiledLayer, x: torch.Tensor) -> None:
+        """In the first step of all: whether x is what the layer before has made."""
+        if self._before is not None:
+            before, y, copy = self._before
+            before.next = layer if x.data_ptr() == y.data_ptr() and torch.equal(x, copy) else None
+            self._before = None
 
     def sampled(self, y: torch.Tensor) -> torch.Tensor:
         """The rows of samples, [samples, hidden], of what a last stage has made of all tokens, or of them alone."""

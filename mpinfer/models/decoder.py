@@ -22,7 +22,7 @@ from mpinfer.models import attention
 from mpinfer.models.checkpoint import Checkpoint
 from mpinfer.models.fake import fake_sources
 from mpinfer.models.fused import FusedLinear, FusedMember, concatenated, find_group
-from mpinfer.models.kernels import Kernels, find_kernels
+from mpinfer.models.kernels import Callback, Kernels, find_kernels
 from mpinfer.models.layer import CompiledLayer, ShardSums
 from mpinfer.models.linear import LayerTuner, packed_bytes
 from mpinfer.models.meta import parameters_on_meta
@@ -164,8 +164,6 @@ class DecoderSkeleton:
         head = len(self.layers) + 1
         first, last = start == 0, stop == head + 1
         own_layers = [layer for block, layer in enumerate(self.layers, start=1) if start <= block < stop]
-        for layer in own_layers:
-            layer.register_forward_pre_hook(lambda *_: on_layer())
         entry = None if first else _Entry(own_layers[0] if own_layers else self.base.get_submodule(self._after[0]))
         body = self.base.get_submodule(self._layers_name.rpartition(".")[0])
         self._drop_others(start, stop)
@@ -179,10 +177,14 @@ class DecoderSkeleton:
             sampling = own_layers[-1] if last and own_layers else None
             replaced, compiled = quicken(self.model, kernels, own_layers, last=sampling)
             tuner.used.update(replaced)
-        if shard is not None:
-            sums = None if shard.memory is None else ShardSums(shard.memory)
-            for whole in filter(None, compiled):
-                whole.reduce, whole.sums = shard.reduce, sums
+        sums = None if shard is None or shard.memory is None else ShardSums(shard.memory)
+        progress = Callback(on_layer)
+        for layer, whole in zip(own_layers, compiled, strict=True):
+            if whole is None:
+                layer.register_forward_pre_hook(lambda *_: on_layer())
+                continue
+            whole.progress, whole.sums = progress, sums
+            whole.reduce = None if shard is None else shard.reduce
         for path, join in joints.items():  # around what the tuner made of them
             self.model.set_submodule(path, join(self.model.get_submodule(path)))
         self.model.to(device)  # the buffers that are computed, not loaded

@@ -749,13 +749,23 @@ i64 layer_scratch(const struct layer *l)
     return most(first, second) + int8_scratch(most(hidden, most(query, inner)));
 }
 
-/* The first half of a layer, without the sum: the residual is x, and what is to be added to it the attention's output.
- * Both have one row for each token or, where there is a `late` step, for each of the rows `kept`: of a last layer the
- * others are not used. */
-void layer_attention(const struct layer *l, const struct step *s, const struct step *late, const i64 *kept,
-                     const float *cosines, const float *sines, float *keys, float *values, i64 capacity, const float *x,
-                     float *residual, float *added, float *scratch)
+/* What one layer needs besides hidden states. Where there is a `late` step, for the rows `kept`, the others of a last
+ * layer are not used. Keys and values have `capacity` tokens for each head of a slot. */
+struct pass {
+    const struct layer *layer;
+    const struct step *step, *late;
+    const i64 *kept;
+    const float *cosines, *sines;
+    float *keys, *values;
+    i64 capacity;
+};
+
+/* The first half of a layer, without the sum: the residual is x, which may lie in the same place, and what is to be added
+ * to it the attention's output. Both have one row for each token, or for each of the rows kept. */
+void layer_attention(const struct pass *p, const float *x, float *residual, float *added, float *scratch)
 {
+    const struct layer *l = p->layer;
+    const struct step *s = p->step;
     i64 tokens = s->tokens, hidden = l->output.outputs, width = l->heads * l->size;
     float *normal = scratch, *projected = normal + tokens * l->projections.width;
     float *query = projected + tokens * l->projections.outputs, *attended = query + tokens * width;
@@ -763,22 +773,22 @@ void layer_attention(const struct layer *l, const struct step *s, const struct s
 
     apply_norm(&l->before_attention, x, normal, tokens, hidden);
     apply(&l->projections, normal, projected, tokens, rest);
-    rotate_and_store(projected, cosines, sines, l->query.weight, l->key.weight, l->query.epsilon, query, keys, values,
-                     s->places, capacity, tokens, l->heads, l->kv_heads, l->size);
-    if (late) {
-        s = late, tokens = s->tokens;
+    rotate_and_store(projected, p->cosines, p->sines, l->query.weight, l->key.weight, l->query.epsilon, query, p->keys,
+                     p->values, s->places, p->capacity, tokens, l->heads, l->kv_heads, l->size);
+    if (p->late) {
+        s = p->late, tokens = s->tokens;
         for (i64 row = 0; row < tokens; row++) { /* kept[row] >= row */
-            memmove(query + row * width, query + kept[row] * width, width * sizeof(float));
-            memcpy(residual + row * hidden, x + kept[row] * hidden, hidden * sizeof(float));
+            memmove(query + row * width, query + p->kept[row] * width, width * sizeof(float));
+            memmove(residual + row * hidden, x + p->kept[row] * hidden, hidden * sizeof(float));
         }
-    } else
+    } else if (residual != x)
         memcpy(residual, x, tokens * hidden * sizeof(float));
-    attend_tokens(query, width, keys, values, s->places, s->positions, attended, s->alone, l->heads, l->kv_heads, l->size,
-                  capacity, l->window, l->scaling);
+    attend_tokens(query, width, p->keys, p->values, s->places, s->positions, attended, s->alone, l->heads, l->kv_heads,
+                  l->size, p->capacity, l->window, l->scaling);
     for (const i64 *c = s->chunk; c < s->chunk + 4 * s->chunks; c += 4) {
-        i64 slot = c[2] * l->kv_heads * capacity * l->size;
-        attend_chunk(query + c[0] * width, width, keys + slot, values + slot, attended + c[0] * width, c[3], c[1], l->heads,
-                     l->kv_heads, l->size, capacity, l->window, l->scaling);
+        i64 slot = c[2] * l->kv_heads * p->capacity * l->size;
+        attend_chunk(query + c[0] * width, width, p->keys + slot, p->values + slot, attended + c[0] * width, c[3], c[1],
+                     l->heads, l->kv_heads, l->size, p->capacity, l->window, l->scaling);
     }
     apply(&l->output, attended, added, tokens, rest);
 }
@@ -832,18 +842,21 @@ int sum_shards(const struct sums *s, float *values, i64 n)
     return 0;
 }
 
-/* All of it; of a shard with `sums`. Not 0 if those failed. */
-int decoder_layer(const struct layer *l, const struct step *s, const struct step *late, const i64 *kept,
-                  const float *cosines, const float *sines, float *keys, float *values, i64 capacity, const float *x,
-                  float *residual, float *added, float *scratch, const struct sums *sums)
+/* Layers one after another, of a shard with `sums`; `progress` is called before each. Not 0 if one of those failed. */
+int decoder_layers(const struct pass *passes, i64 count, const float *x, float *residual, float *added, float *scratch,
+                   const struct sums *sums, int (*progress)(void))
 {
-    i64 tokens = late ? late->tokens : s->tokens, n = tokens * l->output.outputs;
-    layer_attention(l, s, late, kept, cosines, sines, keys, values, capacity, x, residual, added, scratch);
-    if (sums && sum_shards(sums, added, n))
-        return 1;
-    layer_mlp(l, tokens, residual, added, scratch);
-    if (sums && sum_shards(sums, added, n))
-        return 1;
-    layer_end(l, tokens, residual, added);
+    for (const struct pass *p = passes; p < passes + count; p++, x = residual) {
+        i64 tokens = p->late ? p->late->tokens : p->step->tokens, n = tokens * p->layer->output.outputs;
+        if (progress())
+            return 1;
+        layer_attention(p, x, residual, added, scratch);
+        if (sums && sum_shards(sums, added, n))
+            return 1;
+        layer_mlp(p->layer, tokens, residual, added, scratch);
+        if (sums && sum_shards(sums, added, n))
+            return 1;
+        layer_end(p->layer, tokens, residual, added);
+    }
     return 0;
 }

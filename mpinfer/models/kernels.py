@@ -16,6 +16,7 @@ import platform
 import shlex
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +34,39 @@ _COMPILING_TIMEOUT_S = 120
 _CHUNK_BYTES, _LINE_BYTES = 32 << 20, 64
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+class CannotCompile(Exception):
+    """Why there are no kernels."""
+
+
+class Callback:
+    """A Python function for C, which nothing may be raised through: C gets 1 where it has failed, else 0."""
+
+    TYPE = ctypes.CFUNCTYPE(ctypes.c_int)
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function = function
+        self._failure: BaseException | None = None
+        self.pointer = self.TYPE(self._call)
+
+    def __call__(self) -> None:
+        self._function()
+
+    def check(self) -> None:
+        """Raise what it has raised in its last call, if anything."""
+        if self._failure is not None:
+            raise self._failure
+
+    def _call(self) -> int:
+        self._failure = None
+        try:
+            self._function()
+        except BaseException as failure:
+            self._failure = failure
+        return int(self._failure is not None)
+
+
 _SIGNATURES = {
     "rms_norm": [*[_POINTER] * 3, *[_INT] * 2, _FLOAT],
     "gated": [*[_POINTER] * 2, *[_INT] * 2, ctypes.c_int],
@@ -41,16 +75,12 @@ _SIGNATURES = {
     "attend_chunk": [_POINTER, _INT, *[_POINTER] * 3, *[_INT] * 7, _FLOAT],
     "linear": [*[_POINTER] * 4, *[_INT] * 3],
     "linear_int8": [_POINTER, _INT, *[_POINTER] * 5, *[_INT] * 3],
-    "decoder_layer": [*[_POINTER] * 8, _INT, *[_POINTER] * 5],
-    "layer_attention": [*[_POINTER] * 8, _INT, *[_POINTER] * 4],
+    "decoder_layers": [_POINTER, _INT, *[_POINTER] * 5, Callback.TYPE],
+    "layer_attention": [_POINTER] * 5,
     "layer_mlp": [_POINTER, _INT, *[_POINTER] * 3],
     "layer_end": [_POINTER, _INT, *[_POINTER] * 2],
     "sum_shards": [_POINTER, _POINTER, _INT],
 }
-
-
-class CannotCompile(Exception):
-    """Why there are no kernels."""
 
 
 def find_kernels(choice: str, device: str, dtype: torch.dtype) -> "tuple[Kernels | None, str]":
@@ -90,7 +120,7 @@ class Kernels:
         for name in ("panel_columns", "layer_scratch", "int8_group", "int8_scratch"):
             getattr(library, name).restype = _INT
         library.int8_scratch.argtypes = [_INT]
-        library.decoder_layer.restype = library.sum_shards.restype = ctypes.c_int
+        library.decoder_layers.restype = library.sum_shards.restype = ctypes.c_int
         self.library, self._panel = library, library.panel_columns()
         self.int8_group = library.int8_group()  # inputs that share a scale; 0 where a CPU has no instructions
 

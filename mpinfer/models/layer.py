@@ -1,18 +1,18 @@
-"""A decoder layer computed in one call of a kernel (`decoder_layer` in kernels.c).
+"""Decoder layers computed in one call of a kernel (`decoder_layers` in kernels.c).
 
 Between the products of a layer, Python and torch take as long as its attention does: what they need themselves has left
-the caches each time, pushed out by weights.
+the caches each time, pushed out by weights. Between layers it is a twelfth of a step.
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import byref
 from itertools import chain
 from typing import NamedTuple
 
 import torch
 
-from mpinfer.models.kernels import Kernels, Norm, PackedWeights
+from mpinfer.models.kernels import Callback, Kernels, Norm, PackedWeights
 from mpinfer.models.linear import CompiledLinear
 from mpinfer.models.quantize import CompiledInt8Linear
 from mpinfer.models.tensor_parallel import SumMemory
@@ -75,56 +75,70 @@ class CompiledLayer:
 
     def __init__(self, kernels: Kernels, parts: Parts, last: bool) -> None:
         attention = parts.attention
-        self.attention = attention
+        self.attention, self.last = attention, last
         self.products = [parts.projections, parts.output, parts.gates, parts.down]
-        self._library, self._parts, self._last = kernels.library, parts, last
+        self.library, self._parts = kernels.library, parts
         self.whole = True  # else its module computes
+        self.next: CompiledLayer | None = None  # a layer that always takes this one's output as it is
+        self.is_settled = False  # whether `next` is known
+        self.progress = Callback(lambda: None)  # called before it, whoever computes
         self.reduce: Callable[[torch.Tensor], torch.Tensor] | None = None  # sums over the shards of the layer, if any
         self.sums: ShardSums | None = None  # does so inside the kernel
         query_norm, key_norm = attention.norms or (None, None)
         norms = [parts.before_attention, query_norm, key_norm, parts.after_attention, parts.before_mlp, parts.after_mlp]
-        self._layer = _Layer(
+        self.struct = _Layer(
             *(product.packed() for product in self.products),
             *(_Norm() if norm is None else _Norm(norm.weight.data_ptr(), norm.epsilon) for norm in norms),
             parts.output.in_features // attention.head_dim,
             *(attention.kv_heads, attention.head_dim, attention.window or 0, parts.gelu, attention.scaling),
         )
-        self._scratch_per_token = self._library.layer_scratch(byref(self._layer))
+        self.scratch_per_token = self.library.layer_scratch(byref(self.struct))
 
-    def __call__(
-        self,
-        step: LayerStep,
-        keys: torch.Tensor,  # [slots, kv_heads, capacity, head_dim]
-        values: torch.Tensor,
-        cosines: torch.Tensor,  # [tokens, head_dim]
-        sines: torch.Tensor,
-        x: torch.Tensor,  # [tokens, hidden]
-    ) -> torch.Tensor:
-        """[tokens, hidden], or [samples, hidden]."""
-        x, cosines, sines = x.contiguous(), cosines.contiguous(), sines.contiguous()
-        late, samples = (step.late, step.samples) if self._last else (None, None)
-        y = torch.empty_like(x) if samples is None else x.new_empty(len(samples), x.shape[1])
-        added, scratch = torch.empty_like(y), step.scratch(len(x) * self._scratch_per_token)
-        layer, rows = byref(self._layer), len(y)
-        arguments = (
-            *(layer, byref(step.whole)),
-            *((None, None) if late is None or samples is None else (byref(late), samples.data_ptr())),
-            *(tensor.data_ptr() for tensor in (cosines, sines, keys, values)),
-            keys.shape[2],
-            *(tensor.data_ptr() for tensor in (x, y, added, scratch)),
-        )
-        sums = self.sums if self.sums is not None and y.numel() <= self.sums.most else None
-        if self.reduce is None or sums is not None:
-            if self._library.decoder_layer(*arguments, None if sums is None else byref(sums.struct)):
-                assert sums is not None
-                raise sums.failure
-            return y
-        self._library.layer_attention(*arguments)
-        self.reduce(added)
-        self._library.layer_mlp(layer, rows, y.data_ptr(), added.data_ptr(), scratch.data_ptr())
-        self.reduce(added)
-        self._library.layer_end(layer, rows, y.data_ptr(), added.data_ptr())
-        return y
+
+class LayerCall(NamedTuple):
+    """A layer, and what it needs besides hidden states."""
+
+    layer: CompiledLayer
+    step: LayerStep
+    keys: torch.Tensor  # [slots, kv_heads, capacity, head_dim]
+    values: torch.Tensor
+    cosines: torch.Tensor  # [tokens, head_dim], contiguous
+    sines: torch.Tensor
+
+    @property
+    def samples(self) -> torch.Tensor | None:
+        """The only rows that it computes to the end; None: all."""
+        return self.step.samples if self.layer.last else None
+
+
+def compute_layers(calls: Sequence[LayerCall], x: torch.Tensor) -> torch.Tensor:
+    """Layers one after another, each of what the one before has made of x [tokens, hidden]; [tokens, hidden], or of a
+    last layer [samples, hidden]. Raises what progress between layers, or a wait for other shards, has raised."""
+    x = x.contiguous()
+    y, added = torch.empty_like(x), torch.empty_like(x)
+    layer, samples = calls[0].layer, calls[-1].samples
+    scratch = calls[0].step.scratch(len(x) * max(call.layer.scratch_per_token for call in calls))
+    passes = (_Pass * len(calls))(*map(_pass, calls))
+    first, residual, *rest = (tensor.data_ptr() for tensor in (x, y, added, scratch))
+    sums = layer.sums if layer.sums is not None and x.numel() <= layer.sums.most else None
+    if layer.reduce is None or sums is not None:
+        struct = None if sums is None else byref(sums.struct)
+        if layer.library.decoder_layers(passes, len(calls), first, residual, *rest, struct, layer.progress.pointer):
+            layer.progress.check()
+            assert sums is not None
+            sums.wait.check()
+        return y if samples is None else y[: len(samples)]
+    for call, each in zip(calls, passes, strict=True):
+        library, own = call.layer.library, byref(call.layer.struct)
+        terms = added if call.samples is None else added[: len(call.samples)]
+        call.layer.progress()
+        library.layer_attention(byref(each), first, residual, *rest)
+        layer.reduce(terms)
+        library.layer_mlp(own, len(terms), residual, *rest)
+        layer.reduce(terms)
+        library.layer_end(own, len(terms), residual, rest[0])
+        first = residual
+    return y if samples is None else y[: len(samples)]
 
 
 class ShardSums:
@@ -132,36 +146,23 @@ class ShardSums:
 
     def __init__(self, memory: SumMemory) -> None:
         self.most = memory.most
-        self.failure: BaseException = AssertionError("no wait has failed")
-        self._memory = memory
+        self.wait = Callback(memory.wait)
         shards = len(memory.counters)
         counters = (ctypes.c_void_p * shards)(*memory.counters)
         slots = (ctypes.c_void_p * (len(memory.slots) * shards))(*chain(*memory.slots))
-        self._held = counters, slots, _WAIT(self._wait)
+        self._held = memory, counters, slots
         state = memory.state.ctypes.data
         self.struct = _Sums(
             *(shards, memory.place, memory.spins, state),
-            *(ctypes.addressof(counters), ctypes.addressof(slots), self._held[2]),
+            *(ctypes.addressof(counters), ctypes.addressof(slots), self.wait.pointer),
         )
-
-    def _wait(self) -> int:
-        """For C, which nothing may be raised through; whether it failed."""
-        try:
-            self._memory.wait()
-        except BaseException as failure:
-            self.failure = failure
-            return 1
-        return 0
-
-
-_WAIT = ctypes.CFUNCTYPE(ctypes.c_int)
 
 
 class _Sums(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("shards", "place", "spins")),
         *((name, ctypes.c_void_p) for name in ("state", "counters", "slots")),
-        ("wait", _WAIT),
+        ("wait", Callback.TYPE),
     ]
 
 
@@ -184,6 +185,23 @@ class _Step(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("places", "positions", "chunk")),
     ]
     held: tuple[torch.Tensor, ...]  # what it points to
+
+
+class _Pass(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("layer", "step", "late", "kept", "cosines", "sines", "keys", "values")),
+        ("capacity", ctypes.c_int64),
+    ]
+
+
+def _pass(call: LayerCall) -> _Pass:
+    late, samples = (call.step.late, call.step.samples) if call.layer.last else (None, None)
+    return _Pass(
+        *(ctypes.addressof(call.layer.struct), ctypes.addressof(call.step.whole)),
+        *((None, None) if late is None or samples is None else (ctypes.addressof(late), samples.data_ptr())),
+        *(tensor.data_ptr() for tensor in (call.cosines, call.sines, call.keys, call.values)),
+        call.keys.shape[2],
+    )
 
 
 def _step(places: torch.Tensor, positions: torch.Tensor, alone: int, chunks: torch.Tensor) -> _Step:

@@ -15,7 +15,7 @@ from torch import nn
 
 from mpinfer.models.fused import FusedLinear, FusedMember
 from mpinfer.models.kernels import Kernels
-from mpinfer.models.layer import Attention, CompiledLayer, LayerStep, Norm, Parts
+from mpinfer.models.layer import Attention, CompiledLayer, LayerCall, LayerStep, Norm, Parts, compute_layers
 from mpinfer.models.linear import CompiledLinear
 from mpinfer.models.quantize import CompiledInt8Linear
 
@@ -166,6 +166,8 @@ def _layer_forward(layer: CompiledLayer, own: Forward) -> Forward:
         cosines, sines = (x[0] for x in named["position_embeddings"])
         usual = not unnamed and attention_mask is None and cosines.shape[1] == layer.attention.head_dim
         if not usual or not layer.whole:
+            layer.progress()
+            hidden_states = named["packed"].catch_up(hidden_states[0])[None]
             return own(hidden_states, *unnamed, attention_mask=attention_mask, **named)
         return named["packed"].compute(layer, hidden_states[0], cosines, sines)[None]
 
@@ -256,7 +258,7 @@ class _Alone:
     ) -> torch.Tensor:
         step = LayerStep(self._places, self._places, _ROWS, torch.empty(0, 4, dtype=torch.int64), None)
         keys, values = self._cache
-        return layer(step, keys, values, cosines, sines, x)
+        return compute_layers([LayerCall(layer, step, keys, values, cosines.contiguous(), sines.contiguous())], x)
 
 
 def _group(module: nn.Module, *names: str) -> FusedLinear | None:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from mpinfer.errors import TransportError
+from mpinfer.generate import cache as cache_module
 from mpinfer.generate.cache import KVCache, PackedStep
 from mpinfer.generate.scheduler import Segment
 from mpinfer.models import decoder, linear
@@ -181,7 +182,7 @@ def test_a_row_does_not_depend_on_the_others(kernels):
 # -- what they replace --------------------------------------------------------------------------------------------
 
 
-def load(directory, family: str, save_random, **options) -> DecoderPart:
+def load(directory, family: str, save_random, on_layer=lambda: None, **options) -> DecoderPart:
     """A tiny random model of a family."""
     import transformers
 
@@ -196,7 +197,7 @@ def load(directory, family: str, save_random, **options) -> DecoderPart:
         "sliding_window": 30,
     }
     save_random(directory, getattr(transformers, f"{family}Config")(**common))
-    return DecoderSkeleton(directory, "float32", **options).load_part(0, 4, "cpu", 4, lambda: None, range(128))
+    return DecoderSkeleton(directory, "float32", **options).load_part(0, 4, "cpu", 4, on_layer, range(128))
 
 
 @pytest.mark.parametrize(
@@ -236,7 +237,9 @@ def test_whole_layers_compute_what_their_modules_do(tmp_path, family, quantize, 
         pytest.skip("this CPU has no int8 instructions for whole layers")
     assert part.used["layer"] == 2
     other = DecoderSkeleton(tmp_path, "float32", quantize=quantize)
-    monkeypatch.setattr(decoder, "quicken", lambda model, kernels, *_, **__: quicken(model, kernels))
+    monkeypatch.setattr(
+        decoder, "quicken", lambda model, kernels, layers, **_: quicken(model, kernels)._replace(layers=[None, None])
+    )
     modules = other.load_part(0, 4, "cpu", 4, lambda: None, range(128))
     assert "layer" not in modules.used
     caches = [KVCache(3, 256, "cpu") for _ in range(2)]
@@ -248,6 +251,56 @@ def test_whole_layers_compute_what_their_modules_do(tmp_path, family, quantize, 
         samples = sum(s.samples for s in segments)
         assert len(found) == (len(tokens) if segments[-1].samples == 2 else samples)
         torch.testing.assert_close(steps[0].sampled(found), steps[1].sampled(expected), rtol=1e-5, atol=1e-5)
+
+
+def take_step(part, cache):
+    """One that begins two sequences, one of them to be sampled."""
+    packed = PackedStep(cache, STEPS[0], part.kernels)
+    return part(torch.arange(79), packed.positions, packed)
+
+
+def test_layers_are_computed_together_from_the_second_step_on(tmp_path, save_random, monkeypatch):
+    monkeypatch.setattr(linear, "_seconds", lambda layers, _: dict.fromkeys(layers, 1.0))  # none is faster
+    calls, run = [], cache_module.compute_layers
+    monkeypatch.setattr(cache_module, "compute_layers", lambda layers, x: calls.append(len(layers)) or run(layers, x))
+    seen = []
+    part = load(tmp_path, "Llama", save_random, on_layer=lambda: seen.append(len(calls)))
+    cache = KVCache(3, 256, "cpu")
+    first = take_step(part, cache)
+    assert torch.equal(take_step(part, cache), first)
+    assert calls == [1, 1, 2]
+    assert seen == [1, 2, 3, 3]  # before each layer, together with others or not
+    part.compiled[1].whole = False
+    torch.testing.assert_close(take_step(part, cache)[[-1]], first, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_are_computed_alone_where_a_model_does_something_in_between(tmp_path, save_random, monkeypatch):
+    monkeypatch.setattr(linear, "_seconds", lambda layers, _: dict.fromkeys(layers, 1.0))  # none is faster
+    part = load(tmp_path, "Llama", save_random)
+    part.model.model.layers[0].register_forward_hook(lambda _, inputs, output: output.mul_(2))
+    cache = KVCache(3, 256, "cpu")
+    first = take_step(part, cache)
+    assert part.compiled[0].next is None
+    assert torch.equal(take_step(part, cache), first)
+
+
+@pytest.mark.parametrize("failing", [1, 4])
+def test_what_fails_between_layers_is_raised(tmp_path, save_random, monkeypatch, failing):
+    monkeypatch.setattr(linear, "_seconds", lambda layers, _: dict.fromkeys(layers, 1.0))  # none is faster
+    calls = []
+
+    def fail():
+        calls.append(1)
+        if len(calls) == failing:
+            raise TransportError("rank 1 has died")
+
+    part = load(tmp_path, "Llama", save_random, on_layer=fail)
+    cache = KVCache(3, 256, "cpu")
+    if failing > 2:
+        take_step(part, cache)
+    with pytest.raises(TransportError, match="rank 1 has died"):
+        take_step(part, cache)
+    assert len(calls) == failing
 
 
 class Mlp(nn.Module):
@@ -337,7 +390,8 @@ def test_a_failed_wait_for_other_shards_is_told(kernels):
     memory = SimpleNamespace(place=0, counters=[own, other], slots=addresses, state=state, most=4, spins=3, wait=wait)
     sums, values = ShardSums(memory), np.ones(4, np.float32)
     assert kernels.library.sum_shards(byref(sums.struct), values.ctypes.data, 4) == 1
-    assert str(sums.failure) == "rank 1 has died"
+    with pytest.raises(TransportError, match="rank 1 has died"):
+        sums.wait.check()
     counters[1] = 2  # it has said something in the next turn, too
     slots[0, 1] = 5
     assert kernels.library.sum_shards(byref(sums.struct), values.ctypes.data, 4) == 0
