@@ -9,9 +9,10 @@ import ctypes
 import functools
 import mmap
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, chain
+from itertools import chain
 from math import inf, prod
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -86,20 +87,17 @@ class PackedStep:
     def __init__(self, cache: KVCache, segments: Sequence[Segment], kernels: Kernels | None = None) -> None:
         self._cache, self._kernels = cache, kernels
         device = cache.device
-        starts = torch.tensor([s.start for s in segments])
-        counts = torch.tensor([s.length for s in segments])
-        slots = torch.tensor([s.slot for s in segments])
-        offsets = torch.tensor([0, *accumulate(s.length for s in segments)])
-        within = torch.arange(int(offsets[-1])) - torch.repeat_interleave(offsets[:-1], counts)
-        positions = within + torch.repeat_interleave(starts, counts)
-        self.positions = positions.to(device)  # [tokens]
-        self._slots = torch.repeat_interleave(slots, counts).to(device)  # [tokens]
-        ends = zip(offsets[1:].tolist(), segments, strict=True)
-        samples = [row for end, s in ends for row in range(end - s.samples, end)]
+        slots, starts, counts, _ = np.array(segments, dtype=np.int64).T
+        ends = counts.cumsum()
+        positions = np.arange(ends[-1]) + np.repeat(starts - ends + counts, counts)
+        self.positions = torch.from_numpy(positions).to(device)  # [tokens]
+        self._slots = torch.from_numpy(np.repeat(slots, counts)).to(device)  # [tokens]
+        last = zip(ends.tolist(), segments, strict=True)
+        samples = [row for end, s in last for row in range(end - s.samples, end)]
         self.samples = torch.tensor(samples, dtype=torch.long, device=device)  # rows, [samples]
         self._decoding = decoding = next((i for i, s in enumerate(segments) if s.length > 1), len(segments))
         self._alone = segments[:decoding]
-        self._chunks = list(zip(offsets[decoding:-1].tolist(), segments[decoding:], strict=True))
+        self._chunks = list(zip((ends - counts)[decoding:].tolist(), segments[decoding:], strict=True))
         self._places_of: dict[int, torch.Tensor] = {}
         self._head_places: dict[int, torch.Tensor] = {}
         self._layer_steps: dict[int, LayerStep] = {}
