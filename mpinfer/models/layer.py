@@ -1,7 +1,7 @@
 """Decoder layers computed in one call of a kernel (`decoder_layers` in kernels.c).
 
 Between the products of a layer, Python and torch take as long as its attention does: what they need themselves has left
-the caches each time, pushed out by weights. Between layers it is a twelfth of a step.
+the caches each time, pushed out by weights. Between layers it was 4 to 8 % of a step.
 """
 
 import ctypes
