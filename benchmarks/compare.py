@@ -193,10 +193,11 @@ def bandwidth_gb_per_s() -> float:
 
 def gemm_gflop_per_s(bench: Bench, rows: int, head: bool) -> float:
     """Of all cores together, for the linear layers (and the head) at this many rows: the best of some measurements."""
-    return max(measure_gemm(bench, rows, head) for _ in range(bench.repeats))
+    return max(measure_gemm(bench, rows, head)["all"] for _ in range(bench.repeats))
 
 
-def measure_gemm(bench: Bench, rows: int, head: bool) -> float:
+def measure_gemm(bench: Bench, rows: int, head: bool) -> dict[str, float]:
+    """Of the libraries of torch alone, and of all kernels."""
     command = [sys.executable, str(HERE / "limits.py"), "gemm", str(bench.model), str(rows)]
     processes = [
         subprocess.Popen([*command, str(core)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -212,7 +213,12 @@ def measure_gemm(bench: Bench, rows: int, head: bool) -> float:
         process.stdin.flush()
     figures = [json.loads(process.communicate()[0]) for process in processes]
     weights = bench.layer_weights + (bench.head_weights if head else 0)
-    return sum(2e-9 * weights * rows / (each["layers_s"] + (each["head_s"] if head else 0)) for each in figures)
+    return {
+        name: sum(
+            2e-9 * weights * rows / (of[name]["layers_s"] + (of[name]["head_s"] if head else 0)) for of in figures
+        )
+        for name in figures[0]
+    }
 
 
 # Sections
@@ -301,10 +307,10 @@ def prefill(bench: Bench) -> dict[str, Any]:
     records = max(2, round(8 * bench.share))
     # Each starts elsewhere in the text, so that no two have a beginning in common.
     prompts = {f"long-{i}": (text[i * 7 :] + text)[:LONG_PROMPT] for i in range(records)}
-    limits: list[float] = []
+    limits: list[dict[str, float]] = []
     measure = functools.partial(measure_gemm, bench, STEP_TOKENS, head=False)
     runs = rounds(bench, "prefill", ["mpinfer-2x1", "mpinfer-1x1"], prompts, 1, lambda: limits.append(measure()))
-    limit = statistics.median(limits)
+    limit, own = (statistics.median(each[name] for each in limits) for name in ("libraries", "all"))
     attention = 2 * bench.attention_width * LONG_PROMPT**2 * records / 1e9  # QK and PV, under the causal mask
     linear = 2 * bench.layer_weights * LONG_PROMPT * records / 1e9
     rows = []
@@ -315,15 +321,18 @@ def prefill(bench: Bench) -> dict[str, Any]:
         wall_s = statistics.median(run.wall_s for run in done)
         rates = [LONG_PROMPT * records / run.wall_s for run in done]
         speeds = linear / wall_s, (linear + attention) / wall_s
-        beside = [text for speed in speeds for text in (f"{speed:.1f}", f"{speed / limit:.0%}")]
-        rows.append([system, *spread(rates), f"{limit:.1f}", *beside])
-    columns = ["system", "prompt tok/s", "min..max", "limit", "GFLOP/s", "of limit", "with attn", "of limit"]
+        beside = [text for speed in speeds for text in (f"{speed:.1f}", f"{speed / limit:.0%}", f"{speed / own:.0%}")]
+        rows.append([system, *spread(rates), f"{limit:.1f}", f"{own:.1f}", *beside])
+    columns = ["system", "prompt tok/s", "min..max", "limit", "own limit", "GFLOP/s", "of limit", "of own"]
+    columns += ["with attn", "of limit", "of own"]
     print_table(f"prefill: {records} prompts of {LONG_PROMPT} tokens, 1 new token", columns, rows)
     print(f"  GFLOP/s: linear layers without the head ({linear:.0f} GFLOP); attention adds {attention:.0f} GFLOP")
-    beside = " ".join(f"{each:.1f}" for each in limits)
-    print(f"  limit: the same multiplications alone at {STEP_TOKENS} rows, one process on each core, after each round:")
-    print(f"  {beside} GFLOP/s")
-    return {"runs": dump(runs), "gemm_gflop_per_s": limit, "linear_gflop": linear, "attention_gflop": attention}
+    beside = ", ".join(f"{each['libraries']:.1f} and {each['all']:.1f}" for each in limits)
+    print(
+        f"  limit: the same multiplications alone at {STEP_TOKENS} rows, one process on each core, after each round: by"
+    )
+    print(f"  torch or oneDNN; own: by mpinfer's kernel, where it is faster. {beside} GFLOP/s")
+    return {"runs": dump(runs), "gemm_gflop_per_s": limits, "linear_gflop": linear, "attention_gflop": attention}
 
 
 def overhead(bench: Bench) -> dict[str, Any]:

@@ -5,7 +5,8 @@
 
 `gemm` prints `ready`, and waits for a line of input, so that processes on several cores compute at the same time.
 Each layer has a weight of its own, as in the model: none stays in a cache longer than it would there. Of a plain
-float32 weight, one that oneDNN has packed, and mpinfer's own kernel the fastest counts, shape by shape.
+float32 weight and one that oneDNN has packed the fastest counts for `libraries`, shape by shape; of those and mpinfer's
+own kernel for `all`.
 """
 
 import json
@@ -46,7 +47,7 @@ def bandwidth() -> dict[str, float]:
     return {"gb_per_s": matrix.nbytes / best_s / 1e9}
 
 
-def gemm(directory: str, rows: int, core: int) -> dict[str, float]:
+def gemm(directory: str, rows: int, core: int) -> dict[str, dict[str, float]]:
     os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
     layers, head = linear_shapes(meta_model(directory))
@@ -60,13 +61,17 @@ def gemm(directory: str, rows: int, core: int) -> dict[str, float]:
     fast = _pass_seconds(
         shapes, packed, inputs, lambda x, weight: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     )
-    best = {shape: min(slow[shape], fast[shape]) for shape in inputs}
+    best = {"libraries": {shape: min(slow[shape], fast[shape]) for shape in inputs}}
+    best["all"] = best["libraries"]
     kernels, _ = find_kernels("auto", "cpu", torch.float32)
     if kernels is not None:
         panels = [kernels.pack(weight, None) for weight in plain]
         own = _pass_seconds(shapes, panels, inputs, lambda x, w: kernels.linear(x, *w, outputs=w[1].numel()))
-        best = {shape: min(best[shape], own[shape]) for shape in inputs}
-    return {"layers_s": sum(best[shape] for shape in layers), "head_s": best[head]}
+        best["all"] = {shape: min(best["libraries"][shape], own[shape]) for shape in inputs}
+    return {
+        name: {"layers_s": sum(seconds[shape] for shape in layers), "head_s": seconds[head]}
+        for name, seconds in best.items()
+    }
 
 
 @torch.inference_mode()
@@ -96,5 +101,4 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 if __name__ == "__main__":
-    figures = bandwidth() if sys.argv[1] == "bandwidth" else gemm(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
-    print(json.dumps(figures))
+    print(json.dumps(bandwidth() if sys.argv[1] == "bandwidth" else gemm(sys.argv[2], *map(int, sys.argv[3:]))))

@@ -1,7 +1,8 @@
 /* What torch does on a CPU in many small operations, each in one. See kernels.py.
  *
  * All numbers are float32. Loops are plain: the compiler makes vectors of them for the CPU it runs on. Every row is
- * computed by itself, so that what else is in a step does not change it.
+ * computed by itself: what else is in a step changes nothing but how it is rounded, where many rows are computed in
+ * another way than few (tiles.h).
  */
 #include <math.h>
 #include <stdint.h>
@@ -304,6 +305,23 @@ INLINE void turn(const float *from, float *to, i64 rows, i64 columns)
         }
 }
 
+#define TILE_ROWS 64   /* of fewer, taking weights apart takes longer than tiles win */
+#define TILE_BLOCK 256 /* rows whose parts stay in the second cache */
+#if defined(__AMX_BF16__) && defined(__AVX512BW__) && defined(__linux__)
+#include "tiles.h"
+#else
+static int tiles_fit(i64 rows, i64 width) { return 0 * rows * width; }
+static void linear_tiles(const float *x, const float *panels, const float *bias, float *y, void *parts, i64 rows, i64 width,
+                         i64 outputs, i64 count)
+{
+}
+static int attention_tiles_fit(i64 queries, i64 size) { return 0 * queries * size; }
+static void attend_tiles(const float *query, i64 stride, const float *keys, const float *values, float *output, i64 position,
+                         i64 tokens, i64 heads, i64 kv_heads, i64 size, i64 capacity, i64 window, float scaling)
+{
+}
+#endif
+
 #define KEYS 96 /* of a block: with a panel of queries their scores stay in the first cache; more than a panel's columns */
 
 /* Some tokens of a sequence, in a row, times heads that share keys, at most a panel of them: blocks of keys, with a running
@@ -370,6 +388,10 @@ void attend_chunk(const float *query, i64 stride, const float *keys, const float
                   i64 tokens, i64 heads, i64 kv_heads, i64 size, i64 capacity, i64 window, float scaling)
 {
     i64 sharing = heads / kv_heads, group = sharing < PANEL ? sharing : PANEL, step = PANEL / group;
+    if (attention_tiles_fit(tokens * sharing, size)) {
+        attend_tiles(query, stride, keys, values, output, position, tokens, heads, kv_heads, size, capacity, window, scaling);
+        return;
+    }
 #pragma omp parallel for collapse(2) schedule(dynamic) if (tokens * heads * size > ALONE)
     for (i64 tile = (tokens - 1) / step; tile >= 0; tile--) /* the longest first */
         for (i64 kv = 0; kv < kv_heads; kv++) {
@@ -422,10 +444,22 @@ INLINE void linear_piece(const float *x, i64 width, const float *piece, const fl
     }
 }
 
+/* Floats that each row takes while tiles are computed: more than PARTS * 2 bytes an input, and what fills up tiles. */
+i64 linear_scratch(i64 width) { return tiles_fit(TILE_ROWS, width) ? 2 * width : 0; }
+
 /* y [rows, outputs] = x [rows, width] * weights + bias, of weights in panels [panels, width, PANEL], padded as the bias
- * is. */
-void linear(const float *x, const float *panels, const float *bias, float *y, i64 rows, i64 width, i64 outputs)
+ * is; scratch is of `linear_scratch`. Weights have only so many `parts` of eight bits each (tiles.h). */
+void linear(const float *x, const float *panels, const float *bias, float *y, void *scratch, i64 rows, i64 width,
+            i64 outputs, i64 parts)
 {
+    if (tiles_fit(rows, width)) {
+        i64 blocks = (rows + TILE_BLOCK - 1) / TILE_BLOCK;
+        for (i64 block = 0; block < blocks; block++) {
+            i64 row = rows * block / blocks, count = rows * (block + 1) / blocks - row;
+            linear_tiles(x + row * width, panels, bias, y + row * outputs, scratch, count, width, outputs, parts);
+        }
+        return;
+    }
 #pragma omp parallel for
     for (i64 column = 0; column < outputs; column += PANEL)
         for (i64 start = 0; start < rows; start += MOST_ROWS) {
@@ -686,11 +720,11 @@ void linear_int8(const float *x, i64 block, const uint8_t *panels, const float *
 }
 #endif
 
-/* A linear layer as it is packed: of float32 or, where `block` is not 0, of int8 codes, which alone have what follows. */
+/* A linear layer as it is packed: of float32 in so many parts or, where `block` is not 0, of int8 codes with scales. */
 struct linear {
     const void *panels;
     const float *bias;
-    i64 width, outputs, block;
+    i64 width, outputs, parts, block;
     const float *scales;
 };
 
@@ -720,7 +754,7 @@ static void apply(const struct linear *l, const float *x, float *y, i64 rows, vo
     if (l->block)
         linear_int8(x, l->block, l->panels, l->scales, l->bias, y, scratch, rows, l->width, l->outputs);
     else
-        linear(x, l->panels, l->bias, y, rows, l->width, l->outputs);
+        linear(x, l->panels, l->bias, y, scratch, rows, l->width, l->outputs, l->parts);
 }
 
 static void apply_norm(const struct norm *n, const float *x, float *y, i64 rows, i64 width)
@@ -746,7 +780,8 @@ i64 layer_scratch(const struct layer *l)
 {
     i64 hidden = l->output.outputs, query = l->heads * l->size, inner = l->down.width;
     i64 first = hidden + l->projections.outputs + 2 * query, second = hidden + 3 * inner;
-    return most(first, second) + int8_scratch(most(hidden, most(query, inner)));
+    i64 widest = most(hidden, most(query, inner));
+    return most(first, second) + most(int8_scratch(widest), linear_scratch(widest));
 }
 
 /* What one layer needs besides hidden states. Where there is a `late` step, for the rows `kept`, the others of a last

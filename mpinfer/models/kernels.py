@@ -26,12 +26,14 @@ from mpinfer.directories import cache_directory
 from mpinfer.spec import AUTO
 
 _SOURCE = Path(__file__).with_name("kernels.c")
+_INCLUDED = Path(__file__).with_name("tiles.h")
 _FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
     *("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros", "-freciprocal-math"),
 )
 _COMPILING_TIMEOUT_S = 120
 _CHUNK_BYTES, _LINE_BYTES = 32 << 20, 64
+_CHUNK_ROWS = 4096  # of a weight that are looked at together, to keep temporaries small
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
@@ -73,7 +75,7 @@ _SIGNATURES = {
     "rotate_and_store": [*[_POINTER] * 5, _FLOAT, *[_POINTER] * 4, *[_INT] * 5],
     "attend_tokens": [_POINTER, _INT, *[_POINTER] * 5, *[_INT] * 6, _FLOAT],
     "attend_chunk": [_POINTER, _INT, *[_POINTER] * 3, *[_INT] * 7, _FLOAT],
-    "linear": [*[_POINTER] * 4, *[_INT] * 3],
+    "linear": [*[_POINTER] * 5, *[_INT] * 4],
     "linear_int8": [_POINTER, _INT, *[_POINTER] * 5, *[_INT] * 3],
     "decoder_layers": [_POINTER, _INT, *[_POINTER] * 5, Callback.TYPE],
     "layer_attention": [_POINTER] * 5,
@@ -105,7 +107,7 @@ class PackedWeights(ctypes.Structure):
 
     _fields_ = [
         *(("panels", _POINTER), ("bias", _POINTER)),
-        *((name, _INT) for name in ("width", "outputs", "block")),
+        *((name, _INT) for name in ("width", "outputs", "parts", "block")),
         ("scales", _POINTER),
     ]
 
@@ -117,9 +119,9 @@ class Kernels:
         for name, signature in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = signature, None
-        for name in ("panel_columns", "layer_scratch", "int8_group", "int8_scratch"):
+        for name in ("panel_columns", "layer_scratch", "linear_scratch", "int8_group", "int8_scratch"):
             getattr(library, name).restype = _INT
-        library.int8_scratch.argtypes = [_INT]
+        library.linear_scratch.argtypes = library.int8_scratch.argtypes = [_INT]
         library.decoder_layers.restype = library.sum_shards.restype = ctypes.c_int
         self.library, self._panel = library, library.panel_columns()
         self.int8_group = library.int8_group()  # inputs that share a scale; 0 where a CPU has no instructions
@@ -205,11 +207,14 @@ class Kernels:
             scaling,
         )
 
-    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights [outputs, inputs] as panels of columns [panels, inputs, columns], and the bias [panels * columns];
-        both padded with zeros."""
+    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Weights [outputs, inputs] as panels of columns [panels, inputs, columns], and the bias [panels * columns],
+        both padded with zeros; and of how many parts of eight bits the weights are: 1 where they were bfloat16."""
         packed = _arena.copy(self.in_panels(weight).transpose(1, 2))
-        return packed, self.in_panels(weight.new_zeros(len(weight)) if bias is None else bias).flatten()
+        takes_parts = self.library.linear_scratch(weight.shape[1])  # else none are needed
+        bits = weight.contiguous().view(torch.int32).split(_CHUNK_ROWS)
+        parts = 1 + sum(any(bool((rows & low).any()) for rows in bits) for low in (0xFFFF, 0xFF)) if takes_parts else 3
+        return packed, self.in_panels(weight.new_zeros(len(weight)) if bias is None else bias).flatten(), parts
 
     def pack_int8(self, codes: torch.Tensor) -> torch.Tensor:
         """int8 codes [outputs, inputs] as panels [panels, inputs / 4, columns, 4], padded with zeros; plus 128."""
@@ -221,14 +226,16 @@ class Kernels:
             rows = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
         return rows.unflatten(0, (-1, self._panel))
 
-    def linear(self, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor, outputs: int) -> torch.Tensor:
+    def linear(
+        self, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor, parts: int, outputs: int
+    ) -> torch.Tensor:
         """The product of x [..., inputs] and what `pack` has made of a layer; [..., outputs]."""
         x = x.contiguous()
         width = x.shape[-1]
-        y = x.new_empty(*x.shape[:-1], outputs)
-        self.library.linear(
-            *(tensor.data_ptr() for tensor in (x, packed, bias, y)), *(x.numel() // width, width, outputs)
-        )
+        rows = x.numel() // width
+        y, scratch = x.new_empty(*x.shape[:-1], outputs), x.new_empty(rows * self.library.linear_scratch(width))
+        tensors = (x, packed, bias, y, scratch)
+        self.library.linear(*(tensor.data_ptr() for tensor in tensors), rows, width, outputs, parts)
         return y
 
     def linear_int8(
@@ -277,7 +284,7 @@ _arena = _Arena()
 def _load() -> Kernels:
     """Raises `CannotCompile`."""
     compiler = os.environ.get("CC", "cc")
-    facts = repr((_SOURCE.read_text(), _FLAGS, compiler, platform.machine(), _cpu()))
+    facts = repr((_SOURCE.read_text(), _INCLUDED.read_text(), _FLAGS, compiler, platform.machine(), _cpu()))
     directory = cache_directory()
     if not directory.is_absolute():
         raise CannotCompile("this user has no home directory to keep them in; set XDG_CACHE_HOME")

@@ -39,14 +39,15 @@ class CompiledLinear(nn.Module):
         super().__init__()
         self._kernels, self.in_features, self._outputs = kernels, layer.in_features, layer.out_features
         bias = None if layer.bias is None else layer.bias.detach()
-        self._packed, self._bias = kernels.pack(layer.weight.detach(), bias)
+        self._packed, self._bias, self._parts = kernels.pack(layer.weight.detach(), bias)
         self.weight_bytes = layer.weight.nbytes + (0 if bias is None else bias.nbytes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._kernels.linear(x, self._packed, self._bias, self._outputs)
+        return self._kernels.linear(x, self._packed, self._bias, self._parts, self._outputs)
 
     def packed(self) -> PackedWeights:
-        return PackedWeights(self._packed.data_ptr(), self._bias.data_ptr(), self.in_features, self._outputs)
+        packed, bias = self._packed.data_ptr(), self._bias.data_ptr()
+        return PackedWeights(packed, bias, self.in_features, self._outputs, self._parts)
 
 
 Makers = dict[str, Callable[[nn.Linear], nn.Module]]

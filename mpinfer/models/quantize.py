@@ -87,7 +87,7 @@ class CompiledInt8Linear(nn.Module):
 
     def packed(self) -> PackedWeights:
         packed, bias, scales = (tensor.data_ptr() for tensor in (self._packed, self._bias, self._scales))
-        return PackedWeights(packed, bias, self.in_features, self._outputs, self._block, scales)
+        return PackedWeights(packed, bias, self.in_features, self._outputs, 0, self._block, scales)
 
 
 class Int8Embedding(nn.Module):

@@ -1,5 +1,6 @@
 """Compiled kernels compute what torch computes, replace only what is equal, and are never missing silently."""
 
+import math
 import re
 import subprocess
 from ctypes import byref
@@ -69,6 +70,22 @@ def test_linear_layers_of_any_shape_and_rows(kernels, inputs, outputs, bias):
     for rows in (*range(1, 14), 24, 25, 600):
         x = torch.randn(2, rows, inputs)[:, ::2]  # a view with gaps
         torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [8, 16, 24])
+@pytest.mark.parametrize("rows", [1, 64, 70, 300])
+@pytest.mark.parametrize(("inputs", "outputs"), [(576, 200), (1600, 64)])
+def test_linear_layers_are_as_exact_as_float32(kernels, inputs, outputs, rows, bits):
+    """However they are computed: of numbers of one sign, whose errors would add up, and of such that cancel out; with
+    weights that have so many bits, and then an output's that have more."""
+    for x, weight in (torch.rand(2, max(rows, outputs), inputs), torch.randn(2, max(rows, outputs), inputs)):
+        layer = nn.Linear(inputs, outputs, bias=False).requires_grad_(False)
+        layer.weight[:] = (weight[:outputs].view(torch.int32) & (-1 << 24 - bits)).view(torch.float32)
+        for last in (layer.weight[-1], weight[outputs - 1]):
+            layer.weight[-1] = last
+            exact = functional.linear(x[:rows].double(), layer.weight.double())
+            scale = x[:rows].norm(dim=1)[:, None] * layer.weight.norm(dim=1)  # what float32's error is a share of
+            assert ((CompiledLinear(layer, kernels)(x[:rows]) - exact) / scale).abs().max() < 2e-6
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -143,12 +160,16 @@ def in_groups(layer, kernels, group, x):
     return functional.linear(inputs, rounded(layer.weight, 127, largest_number), layer.bias)[None]
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(9, 3, 64), (4, 4, 128), (40, 2, 80), (120, 1, 20)])
+@pytest.mark.parametrize("tokens", [41, 200])
 @pytest.mark.parametrize("window", [None, 1, 70])
-def test_tokens_and_chunks_attend_alike(kernels, heads, kv_heads, size, window):
-    """Over more keys than a block has, by the two kernels and by torch."""
-    start, tokens, capacity = 150, 41, 256
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size"), [(9, 3, 64), (4, 4, 128), (20, 2, 96), (40, 2, 80), (120, 1, 20)]
+)
+def test_tokens_and_chunks_attend_alike(kernels, heads, kv_heads, size, window, tokens):
+    """Over more keys than a block has, by the two kernels and by torch; behind the last token there may be anything."""
+    start, capacity = 150, 512
     keys, values = torch.randn(2, 1, kv_heads, capacity, size)
+    keys[:, :, start + tokens :] = values[:, :, start + tokens :] = math.nan
     wide = torch.randn(tokens, 2 * heads * size)  # queries beside something else
     query = wide[:, : heads * size].unflatten(1, (heads, size))
     positions = torch.arange(start, start + tokens)
