@@ -307,7 +307,7 @@ INLINE void turn(const float *from, float *to, i64 rows, i64 columns)
 
 #define TILE_ROWS 64   /* of fewer, taking weights apart takes longer than tiles win */
 #define TILE_BLOCK 256 /* rows whose parts stay in the second cache */
-#if defined(__AMX_BF16__) && defined(__AVX512BW__) && defined(__linux__)
+#if defined(__AMX_BF16__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__linux__)
 #include "tiles.h"
 #else
 static int tiles_fit(i64 rows, i64 width) { return 0 * rows * width; }
@@ -444,8 +444,9 @@ INLINE void linear_piece(const float *x, i64 width, const float *piece, const fl
     }
 }
 
-/* Floats that each row takes while tiles are computed: more than PARTS * 2 bytes an input, and what fills up tiles. */
-i64 linear_scratch(i64 width) { return tiles_fit(TILE_ROWS, width) ? 2 * width : 0; }
+/* Floats that each row takes, of this width or a smaller one, where tiles are computed: PARTS * 2 bytes an input, and what
+ * fills up tiles. */
+i64 linear_scratch(i64 width) { return tiles_fit(TILE_ROWS, TILE_ROWS) ? 2 * width : 0; }
 
 /* y [rows, outputs] = x [rows, width] * weights + bias, of weights in panels [panels, width, PANEL], padded as the bias
  * is; scratch is of `linear_scratch`. Weights have only so many `parts` of eight bits each (tiles.h). */

@@ -88,6 +88,13 @@ def test_linear_layers_are_as_exact_as_float32(kernels, inputs, outputs, rows, b
             assert ((CompiledLinear(layer, kernels)(x[:rows]) - exact) / scale).abs().max() < 2e-6
 
 
+def test_scratch_is_enough_for_smaller_widths(kernels):
+    """A layer has room for its widest product only."""
+    for scratch in (kernels.library.linear_scratch, kernels.library.int8_scratch):
+        sizes = list(map(scratch, range(1, 300)))
+        assert sizes == sorted(sizes)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("inputs", [576, 1200, 8])
 @pytest.mark.parametrize("outputs", [64, 24, 200])
